@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Sequence
 
 from mcore_monitors import __version__
 from mcore_monitors.errors import EXIT_BAD_CONFIG, ConfigError, MonitorsError

@@ -1,4 +1,4 @@
-"""``mcore-monitors patch``: put the call sites into Megatron-core and DeepSpeed, or take them out."""
+"""``mcore-monitors patch``: put the call sites into the hosts, or take them out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Puts a few call sites into the installed Megatron-core and DeepSpeed, or into a git checkout of one.
 Without the monitors' own flag the patched host does what it did before.
 
-  status   say what is there (exit code 1 if that isn't recognised)
+  status   say what is there; exit code 1 unless all of it is patched or all as released
   apply    patch; harmless where it is done already, refused where a file has been edited
   revert   restore the released files, byte for byte, also after a half-applied patch
 """
@@ -24,6 +24,8 @@ Examples:
   mcore-monitors patch status --target ~/Megatron-LM
   mcore-monitors patch revert --host deepspeed
 """
+
+_ACTIONS = {"status": actions.status, "apply": actions.apply, "revert": actions.revert}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -35,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("status", "apply", "revert"))
+    parser.add_argument("action", choices=_ACTIONS)
     parser.add_argument(
         "--target",
         type=Path,
@@ -43,12 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="a git checkout of Megatron-LM or DeepSpeed, or a site-packages folder "
         "(default: what this Python imports)",
     )
-    parser.add_argument("--host", choices=HOSTS, help="only this host (default: all that are there)")
-
-
-def _status(tree) -> tuple[str, int]:
-    state, line = actions.status(tree)
-    return line, 0 if state in (actions.State.PRISTINE, actions.State.PATCHED) else 1
+    parser.add_argument(
+        "--host", choices=HOSTS, help="only this host (default: all that are there)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,12 +55,7 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     for tree in find_trees(args.host, args.target):
         try:
-            if args.action == "status":
-                line, worse = _status(tree)
-                code = max(code, worse)
-            else:
-                line = {"apply": actions.apply, "revert": actions.revert}[args.action](tree)
-            print(line)
+            print(_ACTIONS[args.action](tree))
         except PatchError as error:
             print(f"mcore-monitors: {error}", file=sys.stderr)
             code = 1

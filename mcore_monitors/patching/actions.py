@@ -118,18 +118,18 @@ def _switch(files: list[File], *, reverse: bool) -> None:
     replace_files(contents)
 
 
-def status(tree: Tree, patches: Path | None = None) -> tuple[State, str]:
-    """Return the state of a tree and a line about it.
+def status(tree: Tree, patches: Path | None = None) -> str:
+    """Return a line about a tree that is patched, or as released.
 
     Raises:
-        PatchError: there is no patch for this release.
+        PatchError: it is neither; the message names the state of each file.
     """
     files = examine(tree, patches)
     state = overall(files)
     if state in (State.PRISTINE, State.PATCHED):
-        return state, f"{tree}: {state.value} ({len(files)} files)"
+        return f"{tree}: {state.value} ({len(files)} files)"
     each = "; ".join(f"{file.patch.path} {file.state.value}" for file in files)
-    return state, f"{tree}: {state.value}: {each}"
+    raise PatchError(f"{tree}: {state.value}: {each}")
 
 
 def apply(tree: Tree, patches: Path | None = None) -> str:
@@ -166,4 +166,4 @@ def revert(tree: Tree, patches: Path | None = None) -> str:
     if not patched:
         return f"{tree}: not applied, nothing to revert"
     _switch(patched, reverse=True)
-    return f"{tree}: reverted {len(patched)} files"
+    return f"{tree}: reverted {len(patched)} of {len(files)} files"

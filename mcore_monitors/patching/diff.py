@@ -1,4 +1,4 @@
-"""Strict application of a unified diff: every context line at its place, no fuzz, either direction."""
+"""Strict application of a unified diff, forward or back: every line at its place, no fuzz."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _sides(hunk: Hunk, reverse: bool) -> tuple[int, list[str], list[str]]:
-    """Return the line number (1-based) where a hunk starts, the lines it expects, those it leaves."""
+    """Return where a hunk starts (a line number from 1), what it expects and what it leaves."""
     source = [line.value for line in hunk.source_lines()]
     target = [line.value for line in hunk.target_lines()]
     if reverse:

@@ -4,15 +4,16 @@
         --host megatron-core --versions 0.19.2 0.19.0
 
 The diffs and the manifest go to ``patches/HOST/FIRST_VERSION``. Only files under the edited folder
-count, so it may hold just those that differ.
+count, so it may hold just those that differ. Needs git.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 from mcore_monitors.errors import PatchError
@@ -27,12 +28,26 @@ from mcore_monitors.patching.manifest import (
 
 
 def _diff(path: str, before: bytes, after: bytes) -> str:
-    """Return a unified diff with the ``a/`` and ``b/`` prefixes that ``git apply`` expects."""
-    sides = [content.decode("utf-8").split("\n") for content in (before, after)]
-    if any(lines.pop() for lines in sides):
-        raise PatchError(f"{path}: does not end with a newline; a diff of it would not be strict.")
-    lines = difflib.unified_diff(*sides, f"a/{path}", f"b/{path}", lineterm="")
-    return "".join(f"{line}\n" for line in lines)
+    """Return git's diff of one file.
+
+    git names both contents by their full ids, so that ``git apply --3way`` can merge the diff into
+    a fork that has the release in its history.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for side, content in (("a", before), ("b", after)):
+            file = Path(folder, side, path)
+            file.parent.mkdir(parents=True)
+            file.write_bytes(content)
+        # Settings of the user's own must not change what is written.
+        done = subprocess.run(
+            ["git", "-c", "core.autocrlf=false", "diff", "--no-index", "--no-prefix", "--no-color"]
+            + ["--no-ext-diff", "--full-index", "--histogram", "--unified=3", "--", "a", "b"],
+            cwd=folder,
+            capture_output=True,
+        )
+    if done.returncode != 1:
+        raise PatchError(f"{path}: git diff failed: {done.stderr.decode().strip()}")
+    return done.stdout.decode("utf-8")
 
 
 def make_patch_set(

@@ -1,4 +1,4 @@
-"""The patch sets that come with this package: which host, which releases, which files and digests."""
+"""The patch sets that come with this package: hosts, releases, files and digests."""
 
 from __future__ import annotations
 

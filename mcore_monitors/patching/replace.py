@@ -6,8 +6,8 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 from mcore_monitors.errors import PatchError
 
@@ -45,7 +45,8 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Give files new contents, all of them or none.
 
     Renaming rather than writing in place keeps two promises: a process that is importing reads the
-    old file or the new one, and an installer's cache that is hard-linked to the file stays as it is.
+    old file or the new one, and an installer's cache that is hard-linked to the file stays as it
+    is.
 
     Args:
         contents: the new content of each file; all exist.
