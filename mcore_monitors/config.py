@@ -1,0 +1,186 @@
+"""The one schema: Megatron's YAML file and DeepSpeed's JSON key hold the same settings.
+
+Each room's settings are a dataclass beside the component they configure; this file puts them
+together, reads them and turns every mistake into one sentence that names the setting. Nothing in a
+configuration can name code: there is no path from a value to an import.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from .detection.config import DetectionConfig
+from .errors import ConfigError, nearest
+from .faults.config import DrillConfig
+from .recovery.config import RecoveryConfig
+from .sinks.config import WandbConfig
+
+#: ``auto`` watches what the model has; ``true`` insists, so that a run without it does not start
+Enabled = Literal["auto"] | bool
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionUpdateConfig:
+    """Attention-update signals from the query and key weights."""
+
+    enabled: Enabled = "auto"
+    #: iterations between the two weights that are compared; multiples of ``interval``
+    windows: list[Positive] = field(default_factory=lambda: [50])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Router signals of mixture-of-experts layers."""
+
+    enabled: Enabled = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConservationConfig:
+    """Conservation residuals of the attention's backward pass."""
+
+    enabled: Enabled = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorsConfig:
+    """Which families of signals are watched."""
+
+    attention_update: AttentionUpdateConfig = field(default_factory=AttentionUpdateConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    conservation: ConservationConfig = field(default_factory=ConservationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that can be set."""
+
+    #: schema version of this file
+    version: Literal[1] = 1
+    #: folder for the history, events, recovery state, offline W&B files and the report
+    run_dir: str
+    #: iterations between samples, counted on absolute iterations
+    interval: Positive = 10
+    #: make an error inside a monitor fatal instead of disabling the monitor
+    strict: bool = False
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
+    detection: DetectionConfig = field(default_factory=DetectionConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    #: one line a sample on rank 0
+    console: bool = True
+    #: a fault to inject on purpose; for rehearsals only
+    drill: DrillConfig | None = None
+
+    def __post_init__(self) -> None:
+        for window in self.monitors.attention_update.windows:
+            if window % self.interval:
+                raise ConfigError(
+                    "monitors.attention_update.windows",
+                    window,
+                    f"multiples of interval ({self.interval}), since snapshots are taken there",
+                )
+
+
+def load(path: str | Path) -> Config:
+    """Read a YAML configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or a setting in it cannot be used.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(
+            "--mcore-monitors", str(path), "the path of a YAML file", f"{error.strerror}."
+        ) from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise ConfigError("--mcore-monitors", str(path), "a YAML file", where) from None
+    return from_dict(data, source=str(path))
+
+
+def from_dict(data: Any, source: str = "mcore_monitors") -> Config:
+    """Check settings that were read from YAML or JSON.
+
+    Args:
+        data: the settings as plain dicts, lists and scalars.
+        source: what to call them in an error about the whole.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type or is out of range.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(source, data, "settings as 'key: value' lines", "At least run_dir.")
+    _refuse_unknown_keys(Config, data, ())
+    try:
+        # Strict JSON: "10" is no integer, yet a mapping may stand for a dataclass.
+        return _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        # pydantic adds the tried type of a union to the path; those parts are no settings
+        place = [str(p) for p in first["loc"] if _is_setting(p)]
+        missing = first["type"] == "missing"
+        raise ConfigError(
+            ".".join(place) or source,
+            None if missing else first["input"],
+            "a value; this setting is required" if missing else _in_words(first["msg"]),
+        ) from None
+
+
+def _is_setting(part: Any) -> bool:
+    return isinstance(part, int) or not any(c in str(part) for c in "[]-") and part not in (
+        "bool",
+        "int",
+        "float",
+        "str",
+        "none",
+    )
+
+
+def _in_words(message: str) -> str:
+    return message.removeprefix("Input should be ").removeprefix("a valid ").rstrip(".")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a type hint allows, through Optional, dict values and Annotated."""
+    if is_dataclass(hint):
+        return hint
+    for part in get_args(hint) if get_origin(hint) is not None else ():
+        if found := _dataclass_in(part):
+            return found
+    return None
+
+
+def _refuse_unknown_keys(kind: type, data: dict, path: tuple[str, ...]) -> None:
+    known = {f.name for f in fields(kind)}
+    hints = get_type_hints(kind)
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(
+                ".".join((*path, str(key))),
+                value,
+                "no such setting here; there are " + ", ".join(sorted(known)),
+                nearest(str(key), known),
+            )
+        inner = _dataclass_in(hints[key])
+        if inner is None or not isinstance(value, dict):
+            continue
+        if get_origin(hints[key]) is dict:
+            for name, item in value.items():
+                if isinstance(item, dict):
+                    _refuse_unknown_keys(inner, item, (*path, key, str(name)))
+        else:
+            _refuse_unknown_keys(inner, value, (*path, key))
+
+
+_ADAPTER = TypeAdapter(Config)

@@ -1,0 +1,1 @@
+"""All that knows DeepSpeed: gates, engine call sites, the JSON key."""

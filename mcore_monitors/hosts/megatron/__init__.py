@@ -1,0 +1,1 @@
+"""All that knows Megatron-core: layer specs, weight layouts, call sites, arguments."""

@@ -1,0 +1,112 @@
+"""What the patched Megatron calls, and nothing else.
+
+Each function stands behind one added line in Megatron (``docs/patches.md``) and is only reached
+with ``--mcore-monitors``. A user's mistake ends the start with one sentence and exit code 78; an
+error of ours at start-up turns monitoring off on all ranks together and lets training go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+import torch
+
+from ...config import Config, load
+from ...errors import EXIT_BAD_CONFIG, MonitorsError
+from ...recovery import StartOrder, resolve_start
+from ...runtime import Runtime
+from ..attach import check_run_dir
+from .registration import register
+from .setup import set_up
+
+
+class _Run:
+    """The run of this process, from the arguments to the end."""
+
+    config: Config | None = None
+    order: StartOrder | None = None
+    runtime: Runtime | None = None
+
+
+_run = _Run()
+
+
+def _refuse(error: MonitorsError) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:  # before the process groups exist, too
+        print(f"mcore-monitors: {error}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_CONFIG)
+
+
+def on_arguments(args: argparse.Namespace) -> None:
+    """Behind argument parsing: read the settings and obey a recovery plan, if there is one."""
+    try:
+        _run.config = load(args.mcore_monitors)
+        check_run_dir(_run.config.run_dir)
+        _run.order = resolve_start(_run.config.run_dir)
+    except MonitorsError as error:
+        _refuse(error)
+    _run.runtime = None
+    order = _run.order
+    if order is not None and order.checkpoint_path is not None:
+        args.load = order.load_dir
+        args.ckpt_step = order.iteration
+
+
+def on_layer_spec(spec: Any) -> Any:
+    """Before a GPT model stores its layer spec: observe its routers and attentions."""
+    return spec if _run.config is None else register(spec)
+
+
+def on_setup(model: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> None:
+    """Model, optimizer and schedule are built and loaded; data iterators are not yet."""
+    if _run.config is None:
+        return
+    try:
+        _run.runtime = set_up(_run.config, _run.order, model, scheduler)
+    except MonitorsError as error:
+        _refuse(error)
+
+
+def on_step(
+    iteration: int,
+    loss_dict: dict[str, torch.Tensor],
+    grad_norm: float | None,
+    learning_rate: float | None,
+    skipped_iter: int,
+) -> None:
+    """After a training step and its log line, on every rank."""
+    if _run.runtime is None:
+        return
+    from megatron.training import get_args
+
+    loss = loss_dict.get("lm loss", next(iter(loss_dict.values()), None))
+    _run.runtime.on_step(
+        iteration,
+        loss=loss,
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        learning_rate=learning_rate,
+        consumed_samples=get_args().consumed_train_samples,
+    )
+
+
+def on_checkpoint(iteration: int, path: str) -> None:
+    """A checkpoint is complete on disk. Called on global rank 0 only."""
+    if _run.runtime is None:
+        return
+    from megatron.training import get_args
+
+    _run.runtime.on_checkpoint(int(iteration), str(path), get_args().consumed_train_samples)
+
+
+def exit_code() -> int | None:
+    """The code to leave with when the run has to end here, else None. The same on every rank."""
+    return None if _run.runtime is None else _run.runtime.exit_code
+
+
+def on_end() -> None:
+    """The run ends, by any of Megatron's ways out: close what is open."""
+    if _run.runtime is not None:
+        _run.runtime.close()

@@ -1,0 +1,124 @@
+"""Walk a built Megatron model and describe it to the monitors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.router import Router
+from megatron.core.utils import get_attr_wrapped_model
+
+from ...parallel import GroupSum
+from ...views import ModelView, Replica
+from .observed import is_observed
+from .weights import attention_view, router_view
+
+
+class MegatronModel:
+    """The model chunks of this rank, their process groups and their observed modules.
+
+    Args:
+        chunks: what Megatron's ``setup_model_and_optimizer`` returns: a list of (wrapped) models.
+
+    Attributes:
+        attentions, routers: global layer number to the observed core attention or router.
+        view: what monitors may see.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module]) -> None:
+        self.groups = get_attr_wrapped_model(chunks[0], "pg_collection", allow_none=True)
+        if self.groups is None:
+            self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.config = get_attr_wrapped_model(chunks[0], "config", allow_none=False)
+        self.attentions: dict[int, Any] = {}
+        self.routers: dict[int, Any] = {}
+        self.view = self._describe(chunks)
+
+    @property
+    def context(self) -> GroupSum:
+        """Sums over the ranks that share a sequence."""
+        group = getattr(self.groups, "cp", None)
+        return GroupSum(group if group is not None and group.size() > 1 else None)
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this rank is the one that records the loss: last stage, first of the others."""
+        g = self.groups
+        return (
+            g.pp.rank() == g.pp.size() - 1 and g.tp.rank() == 0 and self._dp_cp().rank == 0
+        )
+
+    def _dp_cp(self) -> Replica:
+        group = self.groups.dp_cp
+        return Replica(rank=group.rank(), size=group.size())
+
+    def _describe(self, chunks: list[torch.nn.Module]) -> ModelView:
+        config = self.config
+        view = ModelView(
+            layers=config.num_layers,
+            heads=config.num_attention_heads,
+            groups=config.num_query_groups,
+            experts=config.num_moe_experts or 1,
+            router_score=config.moe_router_score_function,
+            device=next(chunks[0].parameters()).device,
+            activation_dtype=config.params_dtype,
+            sequence_length=0,
+        )
+        replicas = self._dp_cp()
+        tp = self.groups.tp
+        # a router's weight is the same on all tensor-parallel ranks too
+        router_replicas = Replica(
+            rank=replicas.rank * tp.size() + tp.rank(), size=replicas.size * tp.size()
+        )
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, SelfAttention):
+                    self._take_attention(view, module, replicas)
+                elif isinstance(module, Router) and not getattr(module, "is_mtp_layer", False):
+                    self._take_router(view, module, router_replicas)
+        return view
+
+    def _take_attention(self, view: ModelView, attention: Any, replicas: Replica) -> None:
+        layer, core = attention.layer_number, attention.core_attention
+        if not is_observed(core):
+            # e.g. the attention of a multi-token-prediction block, which is not registered
+            view.left_out.append(
+                f"layer {layer}: its {type(core).__name__} was not built from a registered spec"
+            )
+            return
+        self.attentions[layer] = core
+        weights = attention_view(attention, layer, replicas)
+        if isinstance(weights, str):
+            view.left_out.append(f"attention updates of layer {layer}: {weights}")
+        else:
+            view.attention.append(weights)
+        reason = _breaks_key_shift(attention)
+        if reason is not None:
+            view.left_out.append(f"key shift of layer {layer}: {reason}")
+            return
+        tp = attention.pg_collection.tp
+        groups = max(1, self.config.num_query_groups // tp.size())
+        first = tp.rank() * self.config.num_query_groups // tp.size()
+        view.key_shift[layer] = (first, groups)
+
+    def _take_router(self, view: ModelView, router: Any, replicas: Replica) -> None:
+        if not is_observed(router):
+            view.left_out.append(
+                f"layer {router.layer_number}: its {type(router).__name__} was not built from a "
+                "registered spec"
+            )
+            return
+        self.routers[router.layer_number] = router
+        view.routers.append(router_view(router, router.layer_number, replicas))
+
+
+def _breaks_key_shift(attention: Any) -> str | None:
+    """Why Σ_j dK_j = 0 does not hold for this attention, or None where it does."""
+    config = attention.config
+    if getattr(config, "softmax_type", "vanilla") != "vanilla":
+        return f"softmax_type {config.softmax_type!r} adds a term that no key moves"
+    if getattr(config, "multi_latent_attention", False):
+        return "latent attention is not covered yet"
+    return None

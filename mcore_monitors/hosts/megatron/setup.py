@@ -1,0 +1,171 @@
+"""Attach the monitors to a built Megatron run, and carry out what a recovery plan orders."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from megatron.core.package_info import __version__ as megatron_version
+from megatron.training import get_args, get_wandb_writer
+
+from ... import __version__, parallel
+from ...config import Config, DrillConfig
+from ...errors import ConfigError, HostError
+from ...recovery import StartOrder
+from ...runtime import Runtime
+from ..attach import Progress, attach
+from .kernels import faulty_kernel, safe_kernel, why_not_safe
+from .model import MegatronModel
+from .observed import AttentionTap, RouterTap
+
+
+def set_up(
+    config: Config, order: StartOrder | None, chunks: list[torch.nn.Module], scheduler: Any
+) -> Runtime:
+    """Describe the model, make the runtime, tap the modules, apply remedies.
+
+    Raises:
+        ConfigError: a monitor is required and the model has nothing for it; a drill names a layer
+            that does not exist.
+        HostError: the model was not built from a registered spec, or an ordered checkpoint was not
+            loaded, or an ordered remedy can't be applied to this model.
+    """
+    args = get_args()
+    model = MegatronModel(chunks)
+    model.view.sequence_length = args.seq_length
+    if not parallel.any_rank(bool(model.attentions or model.routers), model.view.device):
+        raise HostError(
+            "no layer of this model was built from a registered spec, so there is nothing to "
+            "watch. Only models built by GPTModel are registered by the flag; for others give "
+            "mcore_monitors.hosts.megatron.registration.register(spec) to the model."
+        )
+    _check_start(order, args)
+    runtime = attach(
+        config,
+        model.view,
+        model.context,
+        Progress(
+            iteration=args.iteration,
+            attempt=order.attempt if order else 0,
+            reports_loss=model.reports_loss,
+        ),
+        host="megatron-core",
+        versions={
+            "mcore-monitors": __version__,
+            "megatron-core": megatron_version,
+            "torch": torch.__version__,
+        },
+        wandb_run=get_wandb_writer(),
+        wandb_rank=parallel.world_size() - 1 if getattr(args, "wandb_project", "") else 0,
+    )
+    _tap(runtime, model)
+    if order is not None:
+        _obey(order, args, model, scheduler, runtime)
+    if config.drill is not None:
+        _start_drill(config.drill, model, runtime)
+    _warn_of_graphs(model.config)
+    return runtime
+
+
+def _check_start(order: StartOrder | None, args: Any) -> None:
+    if order is not None and order.iteration != args.iteration:
+        raise HostError(
+            f"the recovery plan orders checkpoint {order.iteration} from {order.load_dir}, but "
+            f"Megatron loaded iteration {args.iteration}. Nothing was trained; check the files."
+        )
+
+
+def _tap(runtime: Runtime, model: MegatronModel) -> None:
+    by_name = {m.name: m for m in runtime.monitors}
+    router, conservation = by_name.get("router"), by_name.get("conservation")
+    if router is not None:
+        for layer, module in model.routers.items():
+            hook = runtime.guarded(router, router.on_logits)
+            module.mcore_monitors_tap = RouterTap(
+                lambda logits, padding, hook=hook, layer=layer: hook(layer, logits, padding)
+            )
+    for layer, module in model.attentions.items():
+        tap = AttentionTap(runtime.state)
+        if conservation is not None and layer in model.view.key_shift:
+            hook = runtime.guarded(conservation, conservation.on_key_gradient)
+            tap.on_key_gradient = lambda grad, hook=hook, layer=layer: hook(layer, grad)
+        module.mcore_monitors_tap = tap
+
+
+def _obey(
+    order: StartOrder, args: Any, model: MegatronModel, scheduler: Any, runtime: Runtime
+) -> None:
+    """Pass over samples and apply the remedies that are in force."""
+    # The sampler resumes at consumed_train_samples; raising it passes data over on every pipeline
+    # stage alike and leaves the learning-rate schedule, which counts its own steps, where it was.
+    args.consumed_train_samples += order.pass_over_samples
+    args.mcore_monitors_passed_over_samples = order.passed_over_total
+    if order.remedy.attention == "safe":
+        reason = why_not_safe(model.config)
+        if reason is not None:
+            raise HostError(
+                f"the recovery plan orders the safe attention path, which does not support {reason}."
+                " Set recovery.remedies for this cause to another remedy, or repair the kernel."
+            )
+        for module in model.attentions.values():
+            module.mcore_monitors_tap.safe = safe_kernel
+    factor = order.remedy.learning_rate_factor
+    if factor != 1.0:
+        scale_learning_rate(scheduler, factor)
+    runtime.event(
+        "remedy",
+        args.iteration,
+        plan_id=order.plan_id,
+        attention=order.remedy.attention,
+        learning_rate_factor=factor,
+        pass_over_samples=order.pass_over_samples,
+    )
+
+
+def scale_learning_rate(scheduler: Any, factor: float) -> None:
+    """Multiply every learning rate that Megatron's schedule gives by ``factor``.
+
+    The schedule's own settings stay as they are: they are saved in checkpoints and compared with
+    the arguments on load.
+    """
+    given = scheduler.get_lr
+    scheduler.get_lr = lambda group: factor * given(group)
+    scheduler.step(increment=0)
+
+
+def _start_drill(drill: DrillConfig, model: MegatronModel, runtime: Runtime) -> None:
+    layers = drill.layers or list(range(1, model.view.layers + 1))
+    for layer in layers:
+        if not 1 <= layer <= model.view.layers:
+            raise ConfigError("drill.layers", layer, f"1 to {model.view.layers}")
+    kernel = faulty_kernel(drill.strength)
+    for layer, module in model.attentions.items():
+        if layer in layers:
+            module.mcore_monitors_tap.faulty = kernel
+            module.mcore_monitors_tap.faulty_from = drill.from_iteration
+    runtime.event(
+        "drill",
+        drill.from_iteration,
+        fault=drill.fault,
+        strength=drill.strength,
+        layers=layers,
+        from_iteration=drill.from_iteration,
+    )
+    if parallel.rank() == 0:
+        print(
+            f"mcore-monitors: DRILL: {drill.fault} of strength {drill.strength} in layers {layers} "
+            f"from iteration {drill.from_iteration} on. This run is being damaged on purpose.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _warn_of_graphs(config: Any) -> None:
+    if getattr(config, "cuda_graph_impl", "none") != "none" and parallel.rank() == 0:
+        print(
+            "mcore-monitors: CUDA graphs are on; Python hooks do not run in their replay, so "
+            "routing entropy and the key shift are missing. Signals from weights are complete.",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,1 @@
+"""Monitors: what to look at and when."""

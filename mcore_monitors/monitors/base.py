@@ -1,0 +1,63 @@
+"""What every monitor answers to.
+
+A monitor owns its taps and snapshots. Between samples its hooks only add into buffers that were
+allocated when it was made; at a sample it writes sums into its fields of the packed buffer, and
+after the collective turns the reduced sums into readings. It talks to no other rank and decides
+nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+#: signal name -> layer -> one value per unit (head, query group, or the layer itself)
+Readings = dict[str, dict[int, list[float]]]
+
+
+@dataclass
+class StepState:
+    """Where the training step in progress stands; shared by all taps, written by the runtime.
+
+    Attributes:
+        iteration: the absolute iteration in progress, counted from 1.
+        armed: whether that iteration is sampled.
+    """
+
+    iteration: int = 1
+    armed: bool = False
+
+
+class Monitor(ABC):
+    """One family of signals on one rank."""
+
+    #: name in the configuration and in events
+    name: str
+
+    @abstractmethod
+    def schema(self) -> dict[str, tuple[int, ...]]:
+        """Fields of the packed buffer, the same on every rank: name to shape."""
+
+    @abstractmethod
+    def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+        """Add this rank's share into ``fields`` and clear the accumulators. No host sync."""
+
+    @abstractmethod
+    def read(self, fields: dict[str, torch.Tensor]) -> Readings:
+        """Turn reduced sums (float64, on the CPU) into readings."""
+
+
+def mean_by_layer(total: torch.Tensor, count: torch.Tensor) -> dict[int, list[float]]:
+    """Divide sums by counts; layers that nobody counted are left out.
+
+    Args:
+        total, count: [layers, units].
+
+    Returns:
+        layer number (from 1) to one mean per unit; a unit without a count is NaN.
+    """
+    mean = total / count
+    seen = (count > 0).any(dim=1)
+    return {i + 1: mean[i].tolist() for i in range(total.shape[0]) if seen[i]}

@@ -1,0 +1,116 @@
+"""The one place where ranks talk.
+
+A sample costs one all-reduce: each monitor adds into named fields of one flat float64 buffer whose
+layout is fixed when the run starts and is the same on every rank. Fields hold sums (a numerator
+and its count), so that tensor, sequence, expert, pipeline, context and data parallelism all reduce
+by the same addition, and a rank that owns nothing of a field leaves zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+
+def in_use() -> bool:
+    """Whether there is more than this one process to talk to."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Global rank, 0 where there is one process only."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Packed:
+    """Named float64 fields in one flat buffer, added up over all ranks in one collective.
+
+    Args:
+        schema: field name to shape; must be the same, in the same order, on every rank.
+        device: where the model's parameters live; the collective runs there too.
+    """
+
+    def __init__(self, schema: dict[str, tuple[int, ...]], device: torch.device) -> None:
+        self.schema = dict(schema)
+        self._flat = torch.zeros(
+            sum(math.prod(s) for s in schema.values()), dtype=torch.float64, device=device
+        )
+        self.fields = self._views(self._flat)
+
+    def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        views, start = {}, 0
+        for name, shape in self.schema.items():
+            size = math.prod(shape)
+            views[name] = flat[start : start + size].view(shape)
+            start += size
+        return views
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the collective in bytes."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def reduce(self) -> dict[str, torch.Tensor]:
+        """Add up over all ranks and bring the result to the host.
+
+        The copy to the host is the one synchronisation of a sample. The buffer is zero afterwards.
+
+        Returns:
+            field name to float64 CPU tensor, the same on every rank.
+        """
+        if in_use():
+            dist.all_reduce(self._flat)
+        reduced = self._views(self._flat.to("cpu", copy=True))
+        self._flat.zero_()
+        return reduced
+
+
+def broadcast_code(code: int, device: torch.device) -> int:
+    """Give every rank the decision of rank 0, so that no two ranks act differently."""
+    if not in_use():
+        return code
+    carrier = torch.tensor([code], dtype=torch.int64, device=device)
+    dist.broadcast(carrier, src=0)
+    return int(carrier.item())
+
+
+def broadcast_text(text: str) -> str:
+    """Give every rank a short text of rank 0. For start-up only: it is slow at scale."""
+    if not in_use():
+        return text
+    carrier = [text]
+    dist.broadcast_object_list(carrier, src=0)
+    return carrier[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on at least one rank. For start-up only."""
+    if not in_use():
+        return flag
+    carrier = torch.tensor([int(flag)], dtype=torch.int64, device=device)
+    dist.all_reduce(carrier, op=dist.ReduceOp.MAX)
+    return bool(carrier.item())
+
+
+class GroupSum:
+    """Adds a tensor up over one process group; nothing where the group is one rank.
+
+    Monitors get this for context parallelism, where a sequence is spread over ranks and a sum over
+    the whole sequence has to be complete before its norm may be taken.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor

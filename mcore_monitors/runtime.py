@@ -1,0 +1,302 @@
+"""The one object a host calls: what happens at each step, sample, checkpoint and end.
+
+The way of a number is tap → sample → reduce → judge → act → report; this file is the road and
+holds no formula and no rule. Every rank runs it. Readings are the same on all ranks after the
+collective; judging, acting and writing happen on global rank 0, whose decision is then given to
+all.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import parallel
+from .config import Config
+from .detection.judge import Judge
+from .errors import EXIT_GAVE_UP, EXIT_ROLLBACK, MonitorsError
+from .monitors.base import Monitor, StepState
+from .recovery import Action, Recovery
+from .sample import Sample
+from .sinks import Sinks, effective_history
+
+_GO_ON = 0
+
+
+class Runtime:
+    """Carries a run's monitors from step to step.
+
+    Args:
+        config: the settings.
+        monitors: this rank's monitors; every rank has the same ones in the same order.
+        device: where the model's parameters live.
+        sinks: where samples and events go on this rank; a null object where nothing is written.
+        judge, recovery: on global rank 0 only.
+        attempt: number of rollbacks so far.
+        reports_loss: whether this rank's loss is the one to record (one rank of the run).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        monitors: list[Monitor],
+        device: torch.device,
+        sinks: Sinks,
+        *,
+        judge: Judge | None,
+        recovery: Recovery | None,
+        attempt: int,
+        reports_loss: bool,
+    ) -> None:
+        self.config, self.monitors, self.sinks = config, list(monitors), sinks
+        self.judge, self.recovery, self.attempt = judge, recovery, attempt
+        self.exit_code: int | None = None
+        self._closed = False
+        self._device, self._reports_loss = device, reports_loss
+        self._errors: dict[str, str] = {}
+        # The steps since the last sample; never more than one interval of them.
+        self._steps: list[int] = []
+        self._losses: list[torch.Tensor | float | None] = []
+        self._grad_norms: list[float | None] = []
+        self.state = StepState()
+        self._arm(1)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        steps = (self.config.interval,)
+        schema: dict[str, tuple[int, ...]] = {"loss": steps, "loss_count": steps}
+        schema |= {"grad_norm": steps, "grad_norm_count": steps}
+        for monitor in self.monitors:
+            schema[f"{monitor.name}/errors"] = (1,)
+            for name, shape in monitor.schema().items():
+                schema[f"{monitor.name}/{name}"] = shape
+        self._packed = parallel.Packed(schema, self._device)
+
+    def _arm(self, iteration: int) -> None:
+        self.state.iteration = iteration
+        self.state.armed = iteration % self.config.interval == 0
+
+    # ---- taps ----
+
+    def guarded(self, monitor: Monitor, call: Callable[..., None]) -> Callable[..., None]:
+        """Wrap a monitor's hook: an error in it is kept for the next sample, never raised.
+
+        The hook does nothing on steps that are not sampled and after its first error.
+        """
+
+        def hook(*args: Any) -> None:
+            if not self.state.armed or monitor.name in self._errors:
+                return
+            try:
+                call(*args)
+            except Exception as error:  # a monitor never breaks a run
+                self._errors[monitor.name] = f"{type(error).__name__}: {error}"
+
+        return hook
+
+    # ---- what the host tells ----
+
+    def resume(self, iteration: int) -> None:
+        """Go on after iteration ``iteration``: a checkpoint of it was loaded.
+
+        The judge goes through the history that led there, as if the run had never stopped.
+        """
+        self._steps, self._losses, self._grad_norms = [], [], []
+        self._arm(iteration + 1)
+        if self.judge is not None:
+            self.judge.replay(effective_history(self.config.run_dir, upto=iteration))
+        self.event("resume", iteration, from_iteration=iteration)
+
+    def on_step(
+        self,
+        iteration: int,
+        *,
+        loss: torch.Tensor | float | None,
+        grad_norm: float | None,
+        learning_rate: float | None,
+        consumed_samples: int,
+    ) -> None:
+        """Take in one finished step; on a sampled one, reduce, judge and act.
+
+        Args:
+            iteration: absolute number of the finished iteration, counted from 1.
+            loss: mean loss in nats, where this rank knows it; a tensor is not synchronised here.
+            grad_norm: global gradient norm before clipping, or None.
+            learning_rate: of this step, or None.
+            consumed_samples: sequences that training has consumed in total.
+        """
+        if self._steps and iteration - self._steps[0] >= self.config.interval:
+            # The host passed over the sampled iteration; its steps are lost to the history.
+            self._steps, self._losses, self._grad_norms = [], [], []
+        self._steps.append(iteration)
+        self._losses.append(loss if self._reports_loss else None)
+        self._grad_norms.append(grad_norm)
+        if iteration % self.config.interval == 0:
+            self._sample(iteration, learning_rate, consumed_samples)
+        self._arm(iteration + 1)
+
+    def _sample(self, iteration: int, learning_rate: float | None, consumed: int) -> None:
+        start = time.perf_counter()
+        fields = self._packed.fields
+        self._write_steps(fields)
+        for monitor in self.monitors:
+            self._collect(monitor, iteration, fields)
+        reduced = self._packed.reduce()
+        self._disable_failed(reduced, iteration)
+        sample = self._read(reduced, iteration, learning_rate, consumed, start)
+        decision = _GO_ON
+        if self.judge is not None:
+            decision = self._judge(sample)
+        self.sinks.sample(sample)
+        if self.config.recovery.mode == "rollback":
+            decision = parallel.broadcast_code(decision, self._device)
+        self.exit_code = decision or None
+        self._steps, self._losses, self._grad_norms = [], [], []
+
+    def _write_steps(self, fields: dict[str, torch.Tensor]) -> None:
+        """Put the steps since the last sample into the packed buffer, one slot a step."""
+        first = self._steps[0]
+        for step, loss, norm in zip(self._steps, self._losses, self._grad_norms, strict=True):
+            slot = step - first
+            if loss is not None:
+                fields["loss"][slot] += loss
+                fields["loss_count"][slot] += 1
+            if norm is not None and parallel.rank() == 0:
+                fields["grad_norm"][slot] += norm
+                fields["grad_norm_count"][slot] += 1
+
+    def _collect(self, monitor: Monitor, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+        prefix = f"{monitor.name}/"
+        mine = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+        errors = mine.pop("errors")
+        try:
+            if monitor.name not in self._errors:
+                with torch.no_grad():
+                    monitor.collect(iteration, mine)
+        except Exception as error:  # a monitor never breaks a run
+            self._errors[monitor.name] = f"{type(error).__name__}: {error}"
+        if monitor.name in self._errors:
+            errors += 1
+
+    def _disable_failed(self, reduced: dict[str, torch.Tensor], iteration: int) -> None:
+        """Drop a monitor on all ranks together when it failed on any of them."""
+        failed = [m for m in self.monitors if reduced[f"{m.name}/errors"].item() > 0]
+        if not failed:
+            return
+        for monitor in failed:
+            count = int(reduced[f"{monitor.name}/errors"].item())
+            error = self._errors.get(monitor.name, "see the other ranks' output")
+            text = (
+                f"mcore-monitors: monitor {monitor.name!r} failed on {count} rank(s) at iteration "
+                f"{iteration} and is off on all ranks from now on; training goes on. {error}"
+            )
+            if monitor.name in self._errors or parallel.rank() == 0:
+                print(text, file=sys.stderr, flush=True)
+            self.event("monitor_disabled", iteration, monitor=monitor.name, error=error)
+        self.monitors = [m for m in self.monitors if m not in failed]
+        if self.config.strict:
+            names = ", ".join(m.name for m in failed)
+            raise MonitorsError(f"strict: true, and these monitors failed: {names}.")
+        self._lay_out()
+
+    def _read(
+        self,
+        reduced: dict[str, torch.Tensor],
+        iteration: int,
+        learning_rate: float | None,
+        consumed: int,
+        start: float,
+    ) -> Sample:
+        def steps(name: str) -> list[float | None]:
+            values = reduced[name] / reduced[f"{name}_count"]
+            counted = reduced[f"{name}_count"] > 0
+            n = iteration - self._steps[0] + 1
+            return [v if c else None for v, c in zip(values.tolist()[:n], counted[:n], strict=True)]
+
+        signals = {}
+        for monitor in self.monitors:
+            prefix = f"{monitor.name}/"
+            signals |= monitor.read(
+                {k.removeprefix(prefix): v for k, v in reduced.items() if k.startswith(prefix)}
+            )
+        return Sample(
+            iteration=iteration,
+            attempt=self.attempt,
+            time=time.time(),
+            consumed_samples=consumed,
+            first_step=self._steps[0],
+            loss=steps("loss"),
+            grad_norm=steps("grad_norm"),
+            learning_rate=learning_rate,
+            signals=signals,
+            cost_seconds=time.perf_counter() - start,
+        )
+
+    # ---- rank 0 ----
+
+    def _judge(self, sample: Sample) -> int:
+        """Judge a sample and let recovery act on it; returns the exit code to leave with, or 0."""
+        try:
+            verdict = self.judge.update(sample)
+            for alarm in verdict.alarms:
+                self.event("alarm", sample.iteration, **alarm.to_event())
+            if verdict.diagnosis is not None:
+                self.event("diagnosis", sample.iteration, **verdict.diagnosis.to_event())
+            if self.recovery is None:
+                return _GO_ON
+            action = self.recovery.on_verdict(
+                verdict, iteration=sample.iteration, consumed_samples=sample.consumed_samples
+            )
+            return self._act(action, sample.iteration)
+        except Exception as error:  # judging never breaks a run
+            self.judge = None
+            text = f"{type(error).__name__}: {error}"
+            print(
+                f"mcore-monitors: detection failed at iteration {sample.iteration} and is off from "
+                f"now on; training and recording go on. {text}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.event("monitor_disabled", sample.iteration, monitor="detection", error=text)
+            return _GO_ON
+
+    def _act(self, action: Action, iteration: int) -> int:
+        for kind, record in action.events:
+            self.event(kind, iteration, **record)
+        return {"rollback": EXIT_ROLLBACK, "gave_up": EXIT_GAVE_UP}.get(action.kind, _GO_ON)
+
+    def on_checkpoint(self, iteration: int, path: str, consumed_samples: int) -> None:
+        """Enter a finished checkpoint into the ledger. Called on global rank 0 only."""
+        if self.recovery is None:
+            return
+        try:
+            self._act(
+                self.recovery.on_checkpoint(
+                    iteration=iteration, path=path, consumed_samples=consumed_samples
+                ),
+                iteration,
+            )
+        except OSError as error:  # a full disk under the run folder must not stop training
+            print(
+                f"mcore-monitors: checkpoint {iteration} could not be entered into the ledger and "
+                f"will not be used for a rollback. {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def event(self, kind: str, iteration: int, **fields: Any) -> None:
+        """Write one event where this rank writes."""
+        self.sinks.event(
+            {"kind": kind, "iteration": iteration, "attempt": self.attempt, **fields}
+        )
+
+    def close(self) -> None:
+        """End of the run or of this attempt; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.event("stop", self.state.iteration - 1, exit_code=self.exit_code or 0)
+            self.sinks.close(self.exit_code or 0)
