@@ -99,8 +99,8 @@ def answers() -> dict[str, Any]:
     """Name in ``torch.cuda`` -> what takes its place."""
     nothing = _always(None)
     table: dict[str, Any] = {
-        # one device, that of the CPU; Megatron passes it on as device=...
-        "current_device": _always(CPU), "device_count": _always(1), "is_available": _always(True),
+        # An index like that of a card; devices.py sends what is put there to the CPU.
+        "current_device": _always(0), "device_count": _always(1), "is_available": _always(True),
         "is_initialized": _always(True), "get_device_name": _always("cpu"),
         # 8.0 is what Megatron asks of a card for bf16 and for its default kernels
         "get_device_capability": _always((8, 0)),

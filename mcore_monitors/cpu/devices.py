@@ -79,10 +79,9 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
+            name = original(self)
             # Megatron's optimizers assert "torch.cuda.FloatTensor" of what they are given.
-            return original(self).replace("torch.", "torch.cuda.", 1) if self.is_cpu else (
-                original(self)
-            )
+            return name.replace("torch.", "torch.cuda.", 1) if self.is_cpu else name
         if isinstance(dtype, type) and dtype.__module__ == "torch.cuda":
             dtype = f"torch.{dtype.__name__}"
         elif isinstance(dtype, str):
