@@ -1,0 +1,61 @@
+"""Settings of detection: when a reading counts as a deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mcore_monitors.errors import ConfigError
+
+#: A band is not judged with fewer reference samples than this: the median absolute deviation of
+#: fewer is too rough to multiply by six.
+LEAST_REFERENCE = 12
+
+
+def _integer(setting: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"detection.{setting}", value, f"an integer >= {least}")
+
+
+def _number(setting: str, value: object, above: float) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value <= above:
+        raise ConfigError(f"detection.{setting}", value, f"a number > {above:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionConfig:
+    """When a reading counts as a deviation from the healthy course."""
+
+    warmup: int = 200
+    """Iterations before which nothing becomes a reference: early training is a course of its own.
+    Fixed limits hold from the first sample."""
+    reference: int = 20
+    """Samples in the reference that the band's median and spread are taken from (at least 12)."""
+    lag: int = 2
+    """Youngest samples kept out of the reference, so that an onset does not blur its own band."""
+    threshold: float = 6.0
+    """Robust standard deviations from the reference's median that count as a deviation."""
+    sustain: int = 3
+    """Samples in a row that must deviate before the band rule alarms."""
+    limit: float | None = None
+    """Limit of the conservation residuals (no unit). None: by the number format of the run."""
+
+    def __post_init__(self) -> None:
+        _integer("warmup", self.warmup, 0)
+        _integer("reference", self.reference, LEAST_REFERENCE)
+        _integer("lag", self.lag, 0)
+        _integer("sustain", self.sustain, 1)
+        _number("threshold", self.threshold, 0.0)
+        if self.limit is not None:
+            _number("limit", self.limit, 0.0)
+
+    def slowest_delay(self, interval: int, windows: Iterable[int] = ()) -> int:
+        """Return how many iterations a fault may run before the slowest rule alarms.
+
+        Args:
+            interval: iterations between two samples.
+            windows: windows of the update signals, in iterations.
+        """
+        return interval * max(self.sustain, 2) + max(windows, default=0)
