@@ -38,11 +38,16 @@ def copy_installed(host: str, folder: Path) -> Tree:
     return tree
 
 
-def unpack_wheel(folder: Path) -> Tree:
-    """Unpack the older Megatron-core that the set-up downloaded beside the environment."""
+def older_wheel() -> Path:
+    """Return the older Megatron-core that the set-up downloaded into the environment."""
     (wheel,) = Path(sys.prefix, "wheels").glob("megatron_core-0.18.2-*.whl")
+    return wheel
+
+
+def unpack_wheel(folder: Path) -> Tree:
+    """Unpack the files of the older Megatron-core that a patch is about."""
     paths = [file.path for file in patch_set("megatron-core", "0.18.2").files]
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(older_wheel()) as archive:
         archive.extractall(folder, [*paths, VERSION_FILE["megatron-core"]])
     return Tree(host="megatron-core", version="0.18.2", root=folder)
 
