@@ -1,0 +1,78 @@
+"""On fake CUDA tensors: no value is read back (``.item()`` raises there), no device is mixed."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mcore_monitors.faults.attention import attention_row_term
+from mcore_monitors.hosts.safe_attention import safe_attention
+from mcore_monitors.signals.conservation import key_shift_from_terms, key_shift_terms
+from mcore_monitors.signals.router import (
+    centred_conditioning,
+    routing_entropy_sums,
+    weight_similarity,
+)
+from mcore_monitors.signals.spectra import (
+    delta2_effective_rank,
+    delta2_effective_rank_qr,
+    effective_rank,
+)
+
+
+@pytest.fixture
+def cuda():
+    """Makes fake tensors on a card that need not exist."""
+    with FakeTensorMode():
+        yield lambda *shape, **kw: torch.empty(*shape, device="cuda", **kw)
+
+
+def stays_on_card(result, *shape):
+    assert result.device.type == "cuda"
+    assert tuple(result.shape) == shape
+
+
+def test_the_guard_itself_raises(cuda):
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        cuda(1).item()
+    with pytest.raises(Exception, match="device"):
+        cuda(2) + torch.ones(2)
+
+
+@pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
+def test_spectra(cuda, gram_dtype):
+    w = [cuda(8, 16, 64), cuda(2, 16, 64), cuda(8, 16, 64), cuda(2, 16, 64)]
+    stays_on_card(delta2_effective_rank(*w, gram_dtype=gram_dtype), 8)
+    stays_on_card(delta2_effective_rank_qr(*w), 8)
+    stays_on_card(effective_rank(cuda(8, 32)), 8)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_router(cuda, score):
+    stays_on_card(weight_similarity(cuda(8, 64, dtype=torch.bfloat16)))
+    stays_on_card(centred_conditioning(cuda(8, 64, dtype=torch.bfloat16)))
+    mask = cuda(16, 2, dtype=torch.bool)
+    for kept in (None, mask):
+        total, count = routing_entropy_sums(cuda(16, 2, 8), score=score, mask=kept)
+        stays_on_card(total)
+        stays_on_card(count)
+
+
+def test_key_shift(cuda):
+    vector, norm = key_shift_terms(cuda(16, 2, 3, 8, dtype=torch.bfloat16))
+    ratio, count = key_shift_from_terms(vector, norm)
+    stays_on_card(vector, 2, 3, 8)
+    stays_on_card(ratio, 3)
+    stays_on_card(count, 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_attention(cuda, masked, trained):
+    q, k = (cuda(32, 2, n, 8, dtype=torch.bfloat16, requires_grad=trained) for n in (4, 2))
+    mask = cuda(2, 1, 32, 32, dtype=torch.bool) if masked else None
+    for block in (8, 512):
+        out = safe_attention(q, k, k, scale=1.0, causal=True, mask=mask, block=block)
+        stays_on_card(out, 32, 2, 4, 8)
+    out = safe_attention(q, k, k, scale=1.0, causal=True, window=(4, 0), dropout=0.1)
+    stays_on_card(out, 32, 2, 4, 8)
+    stays_on_card(attention_row_term(q, k, k, scale=1.0, strength=0.1, mask=mask), 32, 2, 4, 8)
