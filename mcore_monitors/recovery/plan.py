@@ -9,7 +9,7 @@ run takes on its own at night.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mcore_monitors.detection.alarm import Diagnosis
@@ -26,10 +26,23 @@ class GaveUp:
     """For the person who has to look: what was tried, why it ends, what to do."""
 
 
-def sound(ledger: Ledger, candidates: list[Checkpoint]) -> Iterator[tuple[Checkpoint, str | None]]:
-    """Yield each candidate with what is wrong with its files (None: nothing), changing nothing."""
+def first_sound(
+    candidates: Iterable[Checkpoint],
+) -> tuple[Checkpoint | None, list[tuple[Checkpoint, str]]]:
+    """Return the first candidate whose files match, and those before it with what is wrong."""
+    wrong: list[tuple[Checkpoint, str]] = []
     for checkpoint in candidates:
-        yield checkpoint, files.difference(checkpoint.path, checkpoint.digest)
+        difference = files.difference(checkpoint.path, checkpoint.digest)
+        if difference is None:
+            return checkpoint, wrong
+        wrong.append((checkpoint, difference))
+    return None, wrong
+
+
+def reject(wrong: list[tuple[Checkpoint, str]]) -> None:
+    """Mark checkpoints whose files do not match as suspect."""
+    for checkpoint, why in wrong:
+        checkpoint.status, checkpoint.reason = SUSPECT, why
 
 
 def make_plan(
@@ -59,11 +72,9 @@ def make_plan(
         episode[-1].status = FAILED
     if len(episode) >= config.max_attempts:
         return GaveUp(reason=_spent(config, episode, diagnosis, iteration))
-    for checkpoint, wrong in sound(ledger, ledger.good(onset - config.margin)):
-        if wrong is None:
-            break
-        checkpoint.status, checkpoint.reason = SUSPECT, wrong
-    else:
+    checkpoint, wrong = first_sound(ledger.good(onset - config.margin))
+    reject(wrong)
+    if checkpoint is None:
         return GaveUp(reason=_nothing_good(ledger, config, diagnosis, iteration))
     for newer in ledger.checkpoints:
         if newer.iteration > checkpoint.iteration and newer.status != SUSPECT:
@@ -71,7 +82,7 @@ def make_plan(
     before = ledger.last_plan
     remedy = config.remedy(diagnosis.cause).on_top_of(before.remedy if before else Remedy())
     number = len(ledger.plans) + 1
-    passed = _pass_over(remedy, checkpoint, episode, consumed_samples)
+    passed = _pass_over(ledger, remedy, checkpoint, episode, consumed_samples)
     plan = Plan(
         id=f"rollback-{number}",
         attempt=number,
@@ -117,22 +128,27 @@ def suspect_from_onset(ledger: Ledger, onset: int) -> list[Checkpoint]:
 
 
 def _pass_over(
-    remedy: Remedy, checkpoint: Checkpoint, episode: list[Plan], consumed_samples: int
+    ledger: Ledger,
+    remedy: Remedy,
+    checkpoint: Checkpoint,
+    episode: list[Plan],
+    consumed_samples: int,
 ) -> int:
-    """Return the samples to leave out, those of earlier attempts of the episode included.
+    """Return the samples to leave out, those that earlier attempts of the episode left out included.
 
-    Samples can only be left out in one stretch behind the checkpoint, so a stretch that an earlier
-    attempt left out is covered from this checkpoint on.
+    Samples can only be left out in one stretch behind the checkpoint, so it reaches at least as far
+    as each of theirs did.
     """
     wanted = remedy.pass_over
     if wanted == UP_TO_THE_ALARM:
-        wanted = max(0, consumed_samples - checkpoint.consumed_samples)
-    covered = [
-        plan.pass_over_samples
+        wanted = consumed_samples - checkpoint.consumed_samples
+    starts = {c.path: c.consumed_samples for c in ledger.checkpoints}
+    ends = [
+        starts[plan.checkpoint_path] + plan.pass_over_samples - checkpoint.consumed_samples
         for plan in episode
-        if plan.checkpoint_path == checkpoint.path and plan.pass_over_samples
+        if plan.pass_over_samples and plan.checkpoint_path in starts
     ]
-    return max([wanted, *covered])
+    return max([0, wanted, *ends])
 
 
 def _spent(
