@@ -26,8 +26,10 @@ echo "Patching the installed hosts"
 if ! .venv/bin/mcore-monitors patch apply; then
     # This environment is ours: files that carry an older patch are simply installed anew.
     echo "Installing the hosts anew, then patching again"
+    hosts=$(.venv/bin/python -m pip freeze | grep -E '^(megatron-core|deepspeed)==')
+    # shellcheck disable=SC2086  # one word a host
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-        --force-reinstall megatron-core==0.19.2 deepspeed==0.19.8
+        --force-reinstall $hosts
     .venv/bin/mcore-monitors patch apply
 fi
 echo "Done. Next: make test, or make demo"
