@@ -64,7 +64,7 @@ class Demo:
         """Write the settings of one run: `configs/moe.yaml` with the demo's own values."""
         settings = yaml.safe_load((ROOT / "configs" / "moe.yaml").read_text())
         settings["run_dir"] = str(self.folder / name)
-        settings["recovery"]["mode"] = mode
+        settings["recovery"] |= {"mode": mode, "quiet": 80}
         if drill:
             settings["drill"] = {
                 "fault": "attention_row_term",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mcore_monitors.cpu.arguments import default_arguments
 
-#: a mixture-of-experts GPT: 2 layers × 8 experts (top-2), two processes with expert parallelism
+#: a mixture-of-experts GPT: 4 layers × 8 experts (top-2), two processes with expert parallelism
 MEGATRON_ARGUMENTS = [
-    *"--num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256".split(),
+    *"--num-layers 4 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256".split(),
     *"--seq-length 128 --max-position-embeddings 128 --position-embedding-type rope".split(),
     *"--normalization RMSNorm --swiglu --attention-dropout 0 --hidden-dropout 0".split(),
     "--untie-embeddings-and-output-weights",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from .detection.config import DetectionConfig
 from .errors import ConfigError, nearest
@@ -87,6 +88,8 @@ class Config:
                     window,
                     f"multiples of interval ({self.interval}), since snapshots are taken there",
                 )
+        windows = self.monitors.attention_update.windows
+        self.recovery.check_quiet(self.detection.slowest_delay(self.interval, windows))
 
 
 def load(path: str | Path) -> Config:
@@ -126,25 +129,25 @@ def from_dict(data: Any, source: str = "mcore_monitors") -> Config:
         # Strict JSON: "10" is no integer, yet a mapping may stand for a dataclass.
         return _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        # pydantic adds the tried type of a union to the path; those parts are no settings
-        place = [str(p) for p in first["loc"] if _is_setting(p)]
+        found = error.errors(include_url=False)
+        first, place = found[0], _place(found[0])
+        allowed = dict.fromkeys(_in_words(e["msg"]) for e in found if _place(e) == place)
         missing = first["type"] == "missing"
         raise ConfigError(
-            ".".join(place) or source,
+            place or source,
             None if missing else first["input"],
-            "a value; this setting is required" if missing else _in_words(first["msg"]),
+            "a value; this setting is required" if missing else " or ".join(allowed),
         ) from None
 
 
-def _is_setting(part: Any) -> bool:
-    return isinstance(part, int) or not any(c in str(part) for c in "[]-") and part not in (
-        "bool",
-        "int",
-        "float",
-        "str",
-        "none",
-    )
+def _place(error: ErrorDetails) -> str:
+    """Dotted setting of an error; pydantic puts the tried type of a union behind it."""
+    parts = []
+    for part in error["loc"]:
+        if part in ("bool", "int", "float", "str", "none") or set("[]") & set(str(part)):
+            break
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _in_words(message: str) -> str:

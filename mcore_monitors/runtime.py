@@ -100,6 +100,11 @@ class Runtime:
 
     # ---- what the host tells ----
 
+    def obey(self) -> None:
+        """Take note that the host has obeyed the recovery plan at this start."""
+        if self.recovery is not None:
+            self._act(self.recovery.on_start(), self.state.iteration - 1)
+
     def resume(self, iteration: int) -> None:
         """Go on after iteration ``iteration``: a checkpoint of it was loaded.
 
@@ -267,6 +272,10 @@ class Runtime:
     def _act(self, action: Action, iteration: int) -> int:
         for kind, record in action.events:
             self.event(kind, iteration, **record)
+        if action.kind == "notify" and action.diagnosis is not None:
+            print(f"mcore-monitors: {action.diagnosis.sentence}", file=sys.stderr, flush=True)
+        elif action.kind == "gave_up":
+            print(f"mcore-monitors: GAVE UP. {action.reason}", file=sys.stderr, flush=True)
         return {"rollback": EXIT_ROLLBACK, "gave_up": EXIT_GAVE_UP}.get(action.kind, _GO_ON)
 
     def on_checkpoint(self, iteration: int, path: str, consumed_samples: int) -> None:

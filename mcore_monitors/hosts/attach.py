@@ -115,7 +115,7 @@ def attach(
             "attention/key_shift": key_shift_limit(model.activation_dtype, model.sequence_length)
         }
         judge = Judge(config.detection, limits=limits)
-        recovery = Recovery.open(config.run_dir, config.recovery, interval=config.interval)
+        recovery = Recovery.open(config.run_dir, config.recovery)
     runtime = Runtime(
         config,
         monitors,

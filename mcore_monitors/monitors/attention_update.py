@@ -69,24 +69,42 @@ class AttentionUpdateMonitor(Monitor):
         if not self._pieces:
             return
         new = self._gather()
-        for window in self._windows:
-            old = self._snapshots.get(iteration - window)
-            if old is None:
-                continue
-            ranks = delta2_effective_rank(old[0], old[1], new[0], new[1]).double()
-            start = 0
-            for view, groups in self._pieces:
-                for group in groups:
-                    n = view.heads_per_group
-                    head = (view.first_group + group) * n
-                    place = (view.layer - 1, slice(head, head + n))
-                    fields[f"rank@{window}"][place] += ranks[start : start + n]
-                    fields[f"count@{window}"][place] += 1
-                    start += n
+        ready = [w for w in self._windows if iteration - w in self._snapshots]
+        if ready:
+            self._compare(ready, iteration, new, fields)
         self._snapshots[iteration] = new
         oldest = iteration - self._windows[-1]
         for stale in [i for i in self._snapshots if i <= oldest]:
             del self._snapshots[stale]
+
+    def _compare(
+        self,
+        windows: list[int],
+        iteration: int,
+        new: tuple[torch.Tensor, torch.Tensor],
+        fields: dict[str, torch.Tensor],
+    ) -> None:
+        """Add the effective ranks of all windows into ``fields``, through one batched call.
+
+        One call, because the eigensolver on a GPU waits for the device once a call.
+        """
+        old = [self._snapshots[iteration - w] for w in windows]
+        ranks = delta2_effective_rank(
+            torch.cat([q for q, _ in old]),
+            torch.cat([k for _, k in old]),
+            new[0].repeat(len(windows), 1, 1),
+            new[1].repeat(len(windows), 1, 1),
+        ).unflatten(0, (len(windows), -1))
+        for window, row in zip(windows, ranks, strict=True):
+            start = 0
+            for view, groups in self._pieces:
+                n = view.heads_per_group
+                for group in groups:
+                    head = (view.first_group + group) * n
+                    place = (view.layer - 1, slice(head, head + n))
+                    fields[f"rank@{window}"][place] += row[start : start + n]
+                    fields[f"count@{window}"][place] += 1
+                    start += n
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         return {

@@ -37,7 +37,7 @@ _run = _Run()
 def _refuse(error: MonitorsError) -> None:
     if int(os.environ.get("RANK", "0")) == 0:  # before the process groups exist, too
         print(f"mcore-monitors: {error}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_BAD_CONFIG)
+    sys.exit(getattr(error, "exit_code", EXIT_BAD_CONFIG))
 
 
 def on_arguments(args: argparse.Namespace) -> None:
@@ -45,12 +45,12 @@ def on_arguments(args: argparse.Namespace) -> None:
     try:
         _run.config = load(args.mcore_monitors)
         check_run_dir(_run.config.run_dir)
-        _run.order = resolve_start(_run.config.run_dir)
+        _run.order = resolve_start(_run.config.run_dir, _run.config.recovery.mode)
     except MonitorsError as error:
         _refuse(error)
     _run.runtime = None
     order = _run.order
-    if order is not None and order.checkpoint_path is not None:
+    if order is not None:
         args.load = order.load_dir
         args.ckpt_step = order.iteration
 

@@ -17,7 +17,11 @@ from ..safe_attention import safe_attention
 
 
 def _scale(module: Any, query: torch.Tensor) -> float:
-    return getattr(module, "softmax_scale", None) or query.shape[-1] ** -0.5
+    scale = getattr(module, "softmax_scale", None) or query.shape[-1] ** -0.5
+    if module.config.apply_query_key_layer_scaling:
+        # Megatron divides the scale by the layer's number and multiplies again before the softmax
+        scale *= module.layer_number
+    return scale
 
 
 def _causal(module: Any, attn_mask_type: AttnMaskType | None) -> bool:

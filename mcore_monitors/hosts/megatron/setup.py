@@ -113,6 +113,7 @@ def _obey(
     factor = order.remedy.learning_rate_factor
     if factor != 1.0:
         scale_learning_rate(scheduler, factor)
+    runtime.obey()
     runtime.event(
         "remedy",
         args.iteration,
