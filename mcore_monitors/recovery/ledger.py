@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,15 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(data, indent=1) + "\n")
 
+    def copy(self) -> Ledger:
+        """Return a copy whose entries can be changed without changing these."""
+        return Ledger(
+            path=self.path,
+            checkpoints=[replace(checkpoint) for checkpoint in self.checkpoints],
+            plans=[replace(plan) for plan in self.plans],
+            gave_up=self.gave_up,
+        )
+
     def enter(self, checkpoint: Checkpoint) -> None:
         """Add a checkpoint; one written to the same place before is no more."""
         kept = [old for old in self.checkpoints if old.path != checkpoint.path]
@@ -148,9 +157,12 @@ class Ledger:
 
     @property
     def episode(self) -> list[Plan]:
-        """The plans since the last one that succeeded."""
-        since = max((i for i, plan in enumerate(self.plans, 1) if plan.status == DONE), default=0)
-        return self.plans[since:]
+        """The plans of the episode that is open: since one succeeded, or since a person let a run
+        that had given up start again."""
+        last = self.last_plan
+        if last is None or last.status == DONE or (last.status == FAILED and self.gave_up is None):
+            return []
+        return self.plans[-last.episode_attempt :]
 
     def good(self, before: float) -> list[Checkpoint]:
         """Return the verified checkpoints of iterations below ``before``, the newest first."""

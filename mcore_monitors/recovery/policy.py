@@ -92,16 +92,18 @@ class Recovery:
             GaveUpError: no checkpoint is left that the plan could go back to.
             OSError: the ledger could not be written.
         """
-        self._started = True
-        resolution = resolve(self.ledger)
+        ledger = self.ledger.copy()
+        resolution = resolve(ledger)
         if resolution is None:
+            self._started = True
             return Action(kind=NONE)
         reject(resolution.wrong)
         if resolution.plan.status == PLANNED:
             resolution.plan.status = APPLIED
-        if resolution.plan != self.ledger.plans[-1] or resolution.wrong:
-            self.ledger.plans[-1] = resolution.plan
-            self.ledger.save()
+        if resolution.plan != ledger.plans[-1] or resolution.wrong:
+            ledger.plans[-1] = resolution.plan
+            self._keep(ledger)
+        self._started = True
         return Action(kind=NONE, events=tuple(_status_event(c) for c, _ in resolution.wrong))
 
     def on_verdict(self, verdict: Verdict, *, iteration: int, consumed_samples: int) -> Action:
@@ -127,9 +129,10 @@ class Recovery:
         self._noisy_at, self._onset = iteration, standing.onset_iteration
         if self.config.mode == "rollback":
             return self._go_back(standing, iteration, consumed_samples)
-        spoilt = suspect_from_onset(self.ledger, standing.onset_iteration)
+        ledger = self.ledger.copy()
+        spoilt = suspect_from_onset(ledger, standing.onset_iteration)
         if spoilt:
-            self.ledger.save()
+            self._keep(ledger)
         events = [_status_event(checkpoint) for checkpoint in spoilt]
         if verdict.diagnosis is None:
             return Action(kind=NONE, events=tuple(events))
@@ -156,8 +159,9 @@ class Recovery:
         if self._onset is not None:
             checkpoint.status = SUSPECT
             checkpoint.reason = f"a fault began at iteration {self._onset}"
-        self.ledger.enter(checkpoint)
-        self.ledger.save()
+        ledger = self.ledger.copy()
+        ledger.enter(checkpoint)
+        self._keep(ledger)
         return Action(kind=NONE, events=(_status_event(checkpoint),))
 
     def _say(self, diagnosis: Diagnosis, events: list[tuple[str, dict[str, Any]]]) -> Action:
@@ -166,9 +170,9 @@ class Recovery:
 
     def _quiet(self, iteration: int) -> list[tuple[str, dict[str, Any]]]:
         """Verify what has proved itself by a quiet ``iteration``; return the events."""
-        events = []
+        events, ledger = [], self.ledger.copy()
         since = -1 if self._noisy_at is None else self._noisy_at
-        for checkpoint in self.ledger.checkpoints:
+        for checkpoint in ledger.checkpoints:
             if checkpoint.status != PENDING:
                 continue
             if checkpoint.iteration > iteration:
@@ -179,7 +183,7 @@ class Recovery:
             else:
                 continue
             events.append(_status_event(checkpoint))
-        plan = self.ledger.last_plan
+        plan = ledger.last_plan
         if (
             plan is not None
             and plan.status == APPLIED
@@ -188,8 +192,16 @@ class Recovery:
             plan.status = DONE
             events.append(("recovered", {"plan_id": plan.id}))
         if events:
-            self.ledger.save()
+            self._keep(ledger)
         return events
+
+    def _keep(self, ledger: Ledger) -> None:
+        """Write a changed copy of the ledger, and only then go by it.
+
+        A disk that refuses leaves both the file and this process with the state before the change.
+        """
+        ledger.save()
+        self.ledger = ledger
 
     def _go_back(self, diagnosis: Diagnosis, iteration: int, consumed_samples: int) -> Action:
         if self.ledger.gave_up is not None:
@@ -197,23 +209,24 @@ class Recovery:
         plan = self.ledger.last_plan
         if plan is not None and plan.status == PLANNED:
             return Action(kind=ROLLBACK, plan=plan)
-        before = {c.path: c.status for c in self.ledger.checkpoints}
+        ledger = self.ledger.copy()
         made = make_plan(
-            self.ledger,
+            ledger,
             self.config,
             diagnosis,
             iteration=iteration,
             consumed_samples=consumed_samples,
         )
         if isinstance(made, GaveUp):
-            self.ledger.gave_up = {
+            ledger.gave_up = {
                 "iteration": iteration,
                 "time": time.time(),
                 "reason": made.reason,
             }
         # One write for all of it: a kill leaves either no plan and no new status, or both.
-        self.ledger.save()
-        events = [_status_event(c) for c in self.ledger.checkpoints if before[c.path] != c.status]
+        before = {c.path: c.status for c in self.ledger.checkpoints}
+        self._keep(ledger)
+        events = [_status_event(c) for c in ledger.checkpoints if before[c.path] != c.status]
         if isinstance(made, GaveUp):
             events.append(("gave_up", {"reason": made.reason}))
             return Action(kind=GAVE_UP, events=tuple(events), reason=made.reason)

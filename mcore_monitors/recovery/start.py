@@ -12,7 +12,15 @@ from pathlib import Path
 
 from mcore_monitors.errors import EXIT_GAVE_UP, RecoveryError
 from mcore_monitors.recovery.config import Remedy
-from mcore_monitors.recovery.ledger import SUSPECT, Checkpoint, Ledger, Plan
+from mcore_monitors.recovery.ledger import (
+    FAILED,
+    PENDING,
+    SUSPECT,
+    VERIFIED,
+    Checkpoint,
+    Ledger,
+    Plan,
+)
 from mcore_monitors.recovery.plan import first_sound, move_plan
 
 
@@ -99,7 +107,9 @@ def resolve(ledger: Ledger) -> Resolution | None:
     if plan is None:
         return None
     plan = replace(plan)
-    later = [c for c in ledger.checkpoints if c.attempt >= plan.attempt and c.status != SUSPECT]
+    # Behind a plan that failed the fault was there; what it left pending was never seen to be good.
+    trusted = (VERIFIED,) if plan.status == FAILED else (VERIFIED, PENDING)
+    later = [c for c in ledger.checkpoints if c.attempt >= plan.attempt and c.status in trusted]
     later.sort(key=lambda checkpoint: checkpoint.iteration, reverse=True)
     checkpoint, wrong = first_sound(later)
     if checkpoint is None:
