@@ -8,6 +8,8 @@ configuration can name code: there is no path from a value to an import.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -33,7 +35,7 @@ class AttentionUpdateConfig:
 
     enabled: Enabled = "auto"
     #: iterations between the two weights that are compared; multiples of ``interval``
-    windows: list[Positive] = field(default_factory=lambda: [50])
+    windows: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [50])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class Config:
     #: schema version of this file
     version: Literal[1] = 1
     #: folder for the history, events, recovery state, offline W&B files and the report
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1)]
     #: iterations between samples, counted on absolute iterations
     interval: Positive = 10
     #: make an error inside a monitor fatal instead of disabling the monitor
@@ -104,6 +106,8 @@ def load(path: str | Path) -> Config:
         raise ConfigError(
             "--mcore-monitors", str(path), "the path of a YAML file", f"{error.strerror}."
         ) from None
+    except UnicodeDecodeError:
+        raise ConfigError("--mcore-monitors", str(path), "a YAML file", "It is no text.") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -126,8 +130,12 @@ def from_dict(data: Any, source: str = "mcore_monitors") -> Config:
         raise ConfigError(source, data, "settings as 'key: value' lines", "At least run_dir.")
     _refuse_unknown_keys(Config, data, ())
     try:
+        text = json.dumps(data, default=str)
+    except (TypeError, ValueError) as error:  # a date as a key, a list that holds itself
+        raise ConfigError(source, "its content", "what JSON can hold", f"{error}.") from None
+    try:
         # Strict JSON: "10" is no integer, yet a mapping may stand for a dataclass.
-        return _ADAPTER.validate_json(json.dumps(data, default=str), strict=True)
+        return _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False)
         first, place = found[0], _place(found[0])
@@ -137,6 +145,7 @@ def from_dict(data: Any, source: str = "mcore_monitors") -> Config:
             place or source,
             None if missing else first["input"],
             "a value; this setting is required" if missing else " or ".join(allowed),
+            _nearest_choice(first["input"], allowed),
         ) from None
 
 
@@ -150,8 +159,25 @@ def _place(error: ErrorDetails) -> str:
     return ".".join(parts)
 
 
+#: pydantic speaks of JSON; a user wrote YAML
+_WORDS = {
+    "an object": "settings below it, as 'key: value' lines",
+    "array": "a list",
+    "boolean": "true or false",
+    "integer": "an integer",
+    "string": "a text",
+}
+
+
 def _in_words(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("a valid ").rstrip(".")
+    words = message.removeprefix("Input should be ").removeprefix("a valid ").rstrip(".")
+    return _WORDS.get(words, words)
+
+
+def _nearest_choice(value: Any, allowed: Iterable[str]) -> str | None:
+    """The nearest of the words that ``allowed`` gives in quotes."""
+    choices = re.findall(r"'(\w+)'", " ".join(allowed))
+    return nearest(value, choices) if isinstance(value, str) else None
 
 
 def _dataclass_in(hint: Any) -> type | None:

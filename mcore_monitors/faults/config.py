@@ -18,7 +18,7 @@ class DrillConfig:
 
     fault: Literal["attention_row_term"] = "attention_row_term"
     #: size of the error relative to the mean row term
-    strength: Annotated[float, Field(gt=0)]
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     #: layers that get the faulty kernel, counted from 1; empty means all
     layers: list[int] = field(default_factory=list)
     #: first faulty iteration
