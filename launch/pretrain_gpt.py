@@ -10,8 +10,9 @@ megatron-core 0.18 and 0.19, whose ``pretrain`` take the model in different ways
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from megatron.core import mpu

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from mcore_monitors.cpu.arguments import default_arguments
 
@@ -31,9 +31,7 @@ ENVIRONMENT = "MCORE_MONITORS_CPU"
 _installed = False
 
 
-def asked_for(
-    argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None
-) -> bool:
+def asked_for(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> bool:
     """Say whether this process was asked to run on the CPU.
 
     Args:
@@ -63,7 +61,7 @@ def install() -> None:
 
     # Imported here so that importing this package stays light (no torch).
     import torch
-    import torch._dynamo  # noqa: F401  (reads torch.cuda once, and wants the names it knows)
+    import torch._dynamo
 
     from mcore_monitors.cpu import call_sites, cuda_calls, devices
 

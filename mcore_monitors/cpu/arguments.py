@@ -15,7 +15,10 @@ _NEEDED: tuple[tuple[tuple[str, ...], str], ...] = (
     (("--no-bias-dropout-fusion",), "fused by torch.compile, which is off"),
     (("--no-rope-fusion",), "kernel of Transformer Engine"),
     (("--no-gradient-accumulation-fusion",), "kernel of Apex or Transformer Engine"),
-    (("--no-create-attention-mask-in-dataloader",), "the local attention makes its own causal mask"),
+    (
+        ("--no-create-attention-mask-in-dataloader",),
+        "the local attention makes its own causal mask",
+    ),
     (("--ckpt-format", "torch_dist"), "the format that does not depend on the layout"),
 )
 _NEEDED_FOR_EXPERTS: tuple[tuple[tuple[str, ...], str], ...] = (

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -24,8 +25,8 @@ def _random(module: ModuleType) -> None:
     module._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         generator.get_state()
     )
-    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: (
-        generator.set_state(new_state)
+    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: generator.set_state(
+        new_state
     )
     tracker = module.CudaRNGStatesTracker
     tracker.fork = generator.forking(tracker.fork)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import Any, Self
 
 import torch
 
@@ -20,10 +21,10 @@ class Stream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device, self.cuda_stream, self.stream_id = CPU, 0, 0
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         return None
 
     def synchronize(self) -> None:
@@ -111,7 +112,7 @@ def answers() -> dict[str, Any]:
         "is_current_stream_capturing": _always(False),
         "get_rng_state": generator.get_state, "set_rng_state": generator.set_state,
         "manual_seed": generator.manual_seed, "manual_seed_all": generator.manual_seed,
-        "initial_seed": generator.initial_seed, "default_generators": (generator.GPU,),
+        "initial_seed": generator.initial_seed,
         "memory_stats": _memory_stats, "memory_snapshot": _always([]),
         "mem_get_info": _always((0, 0)), "temperature": _always(0), "utilization": _always(0),
         "power_draw": _always(0), "clock_rate": _always(0),

@@ -10,16 +10,37 @@ there the request passes unchanged.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from mcore_monitors.cpu import generator
+
 CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange", "as_tensor", "asarray", "empty", "empty_like", "empty_strided", "eye", "full",
-    "full_like", "linspace", "logspace", "ones", "ones_like", "rand", "rand_like", "randint",
-    "randint_like", "randn", "randn_like", "randperm", "scalar_tensor", "tensor", "tril_indices",
-    "triu_indices", "zeros", "zeros_like",
+    "arange",
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "logspace",
+    "ones",
+    "ones_like",
+    "scalar_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+    "zeros_like",
+)
+_RANDOM_FACTORIES = (
+    "rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm",
 )  # fmt: skip
 _METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
@@ -46,6 +67,19 @@ def _with_device_keyword(function: Callable[..., Any]) -> Callable[..., Any]:
         if "pin_memory" in kwargs:  # there is no device to pin it for
             kwargs["pin_memory"] = False
         return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        kwargs["device"] = on_cpu(device)
+        if kwargs["device"] is device:  # asked for on the CPU
+            return function(*args, **kwargs)
+        with generator.default_is_gpu():
+            return function(*args, **kwargs)
 
     return wrapped
 
@@ -80,8 +114,11 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
             name = original(self)
-            # Megatron's optimizers assert "torch.cuda.FloatTensor" of what they are given.
-            return name.replace("torch.", "torch.cuda.", 1) if self.is_cpu else name
+            # Megatron's optimizers assert "torch.cuda.FloatTensor" of what they are given. Under a
+            # TorchFunctionMode, like torch.device as a context, this runs inside itself.
+            if self.is_cpu and not name.startswith("torch.cuda."):
+                return name.replace("torch.", "torch.cuda.", 1)
+            return name
         if isinstance(dtype, type) and dtype.__module__ == "torch.cuda":
             dtype = f"torch.{dtype.__name__}"
         elif isinstance(dtype, str):
@@ -103,6 +140,9 @@ def install() -> None:
     """Replace the factories and the tensor methods that take a device."""
     for name in _FACTORIES:
         setattr(torch, name, _with_device_keyword(getattr(torch, name)))
+    for name in _RANDOM_FACTORIES:
+        setattr(torch, name, _drawing(getattr(torch, name)))
+    torch.nn.functional.dropout = generator.dropping(torch.nn.functional.dropout)
     for name in _METHODS:
         setattr(torch.Tensor, name, _with_device_keyword(getattr(torch.Tensor, name)))
     torch.Tensor.to = _to(torch.Tensor.to)

@@ -92,6 +92,8 @@ def answers():
         with FakeTensorMode():
             fake = torch.zeros(2, device="cuda")
             fake_sum = (fake + torch.ones_like(fake)).sum()
+        with torch.device("cpu"):  # a TorchFunctionMode
+            under_mode = [t.type(), str(t.to("cuda").device), str(torch.ones(1, device=0).device)]
         devices = {
             "zeros": torch.zeros(1, device="cuda"), "ones_int": torch.ones(1, device=0),
             "tensor": torch.tensor([1.0], device=torch.cuda.current_device()),
@@ -122,6 +124,7 @@ def answers():
             "environment": [os.environ[k] for k in
                             ("TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS")],
             "compiled": torch.compile(lambda x: x + 1)(t).tolist(),
+            "under_mode": under_mode,
             "fake": [str(fake.device), str(fake_sum.device)],
         }
     """)
@@ -137,6 +140,10 @@ def test_tensor_types_are_those_of_a_gpu(answers):
     assert answers["bf16"] == "torch.cuda.BFloat16Tensor"
     assert answers["to_type"] == ["torch.float16", "torch.float64", "torch.int32"]
     assert answers["dtype_kept"] == "torch.float64"
+
+
+def test_a_function_mode_sees_the_same(answers):
+    assert answers["under_mode"] == ["torch.cuda.FloatTensor", "cpu", "cpu"]
 
 
 def test_queries_are_answered(answers):
@@ -167,32 +174,49 @@ def test_the_gpu_generator_has_a_state_of_its_own():
         logging.getLogger().addHandler(Keep())
         from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
         torch.manual_seed(5)
-        cpu_before = torch.get_rng_state()
+        before = torch.get_rng_state()
+        def untouched():
+            return torch.equal(before, torch.get_rng_state())
         torch.cuda.manual_seed(7)
-        separate = torch.equal(cpu_before, torch.get_rng_state())
-        tracker = CudaRNGStatesTracker()
-        tracker.add("a", 11)
+        checks = {"seeding": untouched()}
+
         gpu_before = torch.cuda.get_rng_state()
-        def draw():
-            with tracker.fork("a"):
-                return torch.rand(4)
-        first, second = draw(), draw()
-        again = CudaRNGStatesTracker()
-        again.add("a", 11)
-        with again.fork("a"):
-            repeated = torch.rand(4)
-        result = {
-            "separate": separate,
-            "cpu_untouched": torch.equal(cpu_before, torch.get_rng_state()),
-            "gpu_untouched": torch.equal(gpu_before, torch.cuda.get_rng_state()),
-            "goes_on": not torch.equal(first, second), "repeats": torch.equal(first, repeated),
-            "warned": [w for w in warned if "RNG" in w],
-            "initial_seed": torch.cuda.initial_seed(),
-        }
+        dropped = [torch.nn.Dropout(0.5)(torch.ones(64)) for _ in range(2)]
+        drawn = [torch.rand(4, device="cuda") for _ in range(2)]
+        checks["dropout"] = untouched() and not torch.equal(*dropped)
+        checks["factories"] = untouched() and not torch.equal(*drawn)
+        torch.cuda.set_rng_state(gpu_before)
+        checks["state restored"] = torch.equal(dropped[0], torch.nn.Dropout(0.5)(torch.ones(64)))
+        gpu_before = torch.cuda.get_rng_state()
+        torch.rand(4)
+        checks["CPU draws"] = torch.equal(gpu_before, torch.cuda.get_rng_state())
+        torch.set_rng_state(before)
+
+        def tracker():
+            made = CudaRNGStatesTracker()
+            made.add("a", 11)
+            made.add("b", 12)
+            return made
+        def draw(tracker, name, inner=None):
+            with tracker.fork(name):
+                first = torch.rand(4)
+                inner = draw(tracker, inner) if inner else []
+                return [first, *inner, torch.nn.functional.dropout(torch.ones(64))]
+        one, two = tracker(), tracker()
+        plain = [*draw(one, "a"), *draw(one, "b"), *draw(one, "a")]
+        again = [*draw(two, "a"), *draw(two, "b"), *draw(two, "a")]
+        checks["forks repeat"] = all(map(torch.equal, plain, again))
+        checks["forks go on"] = not torch.equal(plain[0], plain[4])
+        nested = draw(tracker(), "a", inner="b")
+        checks["nested forks"] = all(map(torch.equal, nested, [plain[i] for i in (0, 2, 3, 1)]))
+        checks["forks leave the CPU"] = untouched()
+        checks["forks leave the GPU"] = torch.equal(gpu_before, torch.cuda.get_rng_state())
+        result = [checks, [w for w in warned if "RNG" in w], torch.cuda.initial_seed()]
     """)
-    assert result.pop("warned") == []
-    assert result.pop("initial_seed") == 7
-    assert all(result.values()), result
+    checks, warned, seed = result
+    assert all(checks.values()), checks
+    assert warned == []
+    assert seed == 7
 
 
 def test_refused_only_by_the_makefile_and_sequence_parallelism():
