@@ -69,6 +69,62 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _command(
+    folder: Path,
+    arguments: str,
+    iterations: int,
+    monitors: dict[str, Any] | str | None,
+    experts: bool,
+    batch: str,
+) -> tuple[list[str], Path]:
+    """Megatron's arguments, and the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*MODEL, *(EXPERTS.split() if experts else []), *batch.split()]
+    command += [*default_arguments(experts=experts), "--train-iters", str(iterations)]
+    command += [*arguments.split(), "--data-cache-path", str(folder / "cache")]
+    run_dir = folder / "run"
+    if isinstance(monitors, dict):
+        config = folder / "monitors.yaml"
+        config.write_text(yaml.safe_dump({"run_dir": str(run_dir), **monitors}))
+        monitors = str(config)
+    if monitors is not None:
+        command += ["--mcore-monitors", monitors]
+    return command, run_dir
+
+
+def launch(
+    folder: Path,
+    arguments: str,
+    *,
+    processes: int,
+    iterations: int,
+    monitors: dict[str, Any],
+    timeout: float = 400,
+) -> Result:
+    """Train as a user would: `mcore-monitors launch` around the real `deepspeed` runner."""
+    command, run_dir = _command(folder, arguments, iterations, monitors, True, BATCH)
+    binaries = Path(sys.executable).parent
+    output = (folder / "launch.log").open("w+")
+    child = subprocess.Popen(
+        [
+            str(binaries / "mcore-monitors"), "launch", "--",
+            str(binaries / "deepspeed"), "--num_accelerators", str(processes), "--no_local_rank",
+            "--master_port", str(_free_port()), str(ROOT / "launch" / "pretrain_gpt.py"),
+            *command, "--mcore-monitors-cpu",
+        ],
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env=os.environ
+        | {
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        },
+        cwd=folder,
+    )  # fmt: skip
+    return _gather([(child, output)], run_dir, timeout)
+
+
 def train(
     folder: Path,
     arguments: str = "",
@@ -93,18 +149,8 @@ def train(
         before: Python source that each process runs first.
         cpu_flag: give the switch of the CPU stand-in, which an unpatched wheel doesn't know.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [*MODEL, *(EXPERTS.split() if experts else []), *batch.split()]
-    command += [*default_arguments(experts=experts), "--train-iters", str(iterations)]
-    command += [*arguments.split(), "--data-cache-path", str(folder / "cache")]
+    command, run_dir = _command(folder, arguments, iterations, monitors, experts, batch)
     command += ["--mcore-monitors-cpu"] if cpu_flag else []
-    run_dir = folder / "run"
-    if isinstance(monitors, dict):
-        config = folder / "monitors.yaml"
-        config.write_text(yaml.safe_dump({"run_dir": str(run_dir), **monitors}))
-        monitors = str(config)
-    if monitors is not None:
-        command += ["--mcore-monitors", monitors]
     script = str(ROOT / "launch" / "pretrain_gpt.py")
     start = f"import sys, runpy\n{before}\nsys.argv[0] = {script!r}\n"
     start += f"runpy.run_path({script!r}, run_name='__main__')"
