@@ -55,16 +55,28 @@ class ConservationMonitor(Monitor):
         self._sums[layer][1] += count
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        for layer, terms in sorted(self._waiting.items()):
-            vector = self._context(torch.stack([v for v, _ in terms]))
-            norm = self._context(torch.stack([n for _, n in terms]))
-            self._add(layer, vector.flatten(0, 1), norm.flatten(0, 1))
-        self._waiting.clear()
+        self._complete()
         for layer, (first, groups) in self._places.items():
             sums = self._sums[layer]
             fields["key_shift_sum"][layer - 1, first : first + groups] += sums[0]
             fields["key_shift_count"][layer - 1, first : first + groups] += sums[1]
             sums.zero_()
+
+    def _complete(self) -> None:
+        """Add up over the ranks of a sequence what waits for it: one collective for all layers."""
+        layers = sorted(self._waiting)
+        if not layers:
+            return
+        # micro-batches need not be of one size
+        parts = [
+            torch.cat(terms) for layer in layers for terms in zip(*self._waiting[layer], strict=True)
+        ]
+        whole = self._context(torch.cat([part.flatten() for part in parts]))
+        pieces = whole.split([part.numel() for part in parts])
+        sums = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+        for layer, vector, norm in zip(layers, sums[::2], sums[1::2], strict=True):
+            self._add(layer, vector, norm)
+        self._waiting.clear()
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         return {

@@ -65,7 +65,8 @@ class RouterMonitor(Monitor):
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         entropy = mean_by_layer(fields["entropy_sum"], fields["entropy_count"])
-        nats = math.log(self._experts)
+        # of one expert there is no choice: 0 of 0 nats
+        nats = math.log(self._experts) if self._experts > 1 else math.nan
         return {
             "router/weight_similarity": mean_by_layer(
                 fields["similarity"], fields["weights_count"]
