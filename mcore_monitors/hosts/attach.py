@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import parallel
 from ..config import Config
 from ..detection.judge import Judge
@@ -111,9 +113,13 @@ def attach(
     )
     judge = recovery = None
     if writes:
-        limits = {
-            "attention/key_shift": key_shift_limit(model.activation_dtype, model.sequence_length)
-        }
+        limits = {}
+        if model.sequence_length:  # a pipeline stage without attention knows it too
+            limits["attention/key_shift"] = key_shift_limit(
+                model.activation_dtype,
+                model.sequence_length,
+                tf32=model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+            )
         judge = Judge(config.detection, limits=limits)
         recovery = Recovery.open(config.run_dir, config.recovery)
     runtime = Runtime(
