@@ -1,0 +1,164 @@
+"""On fake CUDA tensors: no hook and no sample reads a value back or mixes devices.
+
+PyTorch's fake tensors know device and shape but hold no values, so ``.item()`` raises, and so does
+adding a tensor on the card to one on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mcore_monitors.monitors.attention_update import AttentionUpdateMonitor
+from mcore_monitors.monitors.base import Monitor
+from mcore_monitors.monitors.conservation import ConservationMonitor
+from mcore_monitors.monitors.router import RouterMonitor
+from mcore_monitors.parallel import GroupSum, Packed
+from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fake_tensors():
+    with FakeTensorMode():
+        yield
+
+
+def view(replica: Replica = Replica(), dtype: torch.dtype = torch.bfloat16) -> ModelView:
+    model = ModelView(
+        layers=3,
+        heads=8,
+        groups=4,
+        experts=8,
+        router_score="softmax",
+        device=CUDA,
+        activation_dtype=dtype,
+        sequence_length=16,
+    )
+    for layer in (1, 2):  # the third lives on another pipeline stage
+        query = torch.empty(8, 16, 64, device=CUDA, dtype=dtype)
+        key = torch.empty(4, 16, 64, device=CUDA, dtype=dtype)
+        router = torch.empty(8, 64, device=CUDA, dtype=dtype)
+        model.attention.append(
+            AttentionView(
+                layer=layer,
+                first_group=0,
+                groups=4,
+                heads_per_group=2,
+                read=lambda q=query, k=key: (q, k),
+                replica=replica,
+            )
+        )
+        model.routers.append(RouterView(layer=layer, read=lambda w=router: w, replica=replica))
+        model.key_shift[layer] = (0, 4)
+    return model
+
+
+def one_sample_after_another(monitor: Monitor, hooks: Callable[[Monitor], Any]) -> None:
+    """Two full windows of hooks, collecting and reducing, all on the card."""
+    packed = Packed(monitor.schema(), CUDA)
+    for iteration in (10, 20, 30):
+        hooks(monitor)
+        monitor.collect(iteration, packed.fields)
+        assert all(f.device.type == "cuda" for f in packed.fields.values())
+        reduced = packed.reduce()  # the one copy to the host
+        assert all(f.device.type == "cpu" for f in reduced.values())
+
+
+def no_hooks(monitor: Monitor) -> None:
+    """For a monitor that looks at weights only."""
+
+
+def logits(monitor: Monitor) -> None:
+    for layer in (1, 2):
+        monitor.on_logits(layer, torch.empty(16, 2, 8, device=CUDA, dtype=torch.bfloat16))
+        padding = torch.empty(16, 2, device=CUDA, dtype=torch.bool)
+        monitor.on_logits(layer, torch.empty(16, 2, 8, device=CUDA, requires_grad=True), padding)
+
+
+def key_gradients(monitor: Monitor) -> None:
+    for layer in (2, 1):
+        monitor.on_key_gradient(layer, torch.empty(16, 2, 4, 16, device=CUDA, dtype=torch.bfloat16))
+        monitor.on_key_gradient(layer, torch.empty(24, 4, 16, device=CUDA))
+
+
+class Doubling(GroupSum):
+    """Stands for a group of two ranks whose shards are alike."""
+
+    def __init__(self) -> None:
+        self.size = 2
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("replica", [Replica(), Replica(rank=1, size=3)])
+def test_attention_update(dtype: torch.dtype, replica: Replica) -> None:
+    monitor = AttentionUpdateMonitor(view(replica, dtype), [10, 20], interval=10)
+    one_sample_after_another(monitor, no_hooks)
+    assert monitor.snapshot_bytes > 0
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_router(score: str) -> None:
+    model = view()
+    model.router_score = score
+    one_sample_after_another(RouterMonitor(model), logits)
+
+
+@pytest.mark.parametrize("context", [GroupSum(None), Doubling()])
+def test_conservation(context: GroupSum) -> None:
+    one_sample_after_another(ConservationMonitor(view(), context), key_gradients)
+
+
+# The harness itself: each of these mistakes must be seen.
+
+
+class RouterOnTheHost(RouterMonitor):
+    """Its accumulators were put on the host."""
+
+    def __init__(self, model: ModelView) -> None:
+        super().__init__(model)
+        self._entropy = {layer: sums.cpu() for layer, sums in self._entropy.items()}
+
+
+class ConservationThatLooks(ConservationMonitor):
+    """Its hook reads a value back."""
+
+    def on_key_gradient(self, layer: int, gradient: torch.Tensor) -> None:
+        if gradient.abs().max().item() > 0:
+            super().on_key_gradient(layer, gradient)
+
+
+class ConservationThatBranches(ConservationMonitor):
+    """Its hook asks a tensor for a truth value."""
+
+    def on_key_gradient(self, layer: int, gradient: torch.Tensor) -> None:
+        if gradient.isfinite().all():
+            super().on_key_gradient(layer, gradient)
+
+
+def test_a_buffer_on_the_host_is_seen() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        one_sample_after_another(RouterOnTheHost(view()), logits)
+
+
+@pytest.mark.parametrize("wrong", [ConservationThatLooks, ConservationThatBranches])
+def test_a_hook_that_waits_for_the_card_is_seen(wrong: type[ConservationMonitor]) -> None:
+    with pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
+        one_sample_after_another(wrong(view(), GroupSum(None)), key_gradients)
+
+
+def test_weights_on_the_host_are_seen() -> None:
+    model = view()
+    on_host = torch.empty(8, 16, 64), torch.empty(4, 16, 64)
+    model.attention[0] = replace(model.attention[0], read=lambda: on_host)
+    with pytest.raises(RuntimeError, match="device"):
+        one_sample_after_another(AttentionUpdateMonitor(model, [10], interval=10), no_hooks)
