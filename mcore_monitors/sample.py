@@ -8,9 +8,10 @@ read and judged anywhere.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 from mcore_monitors.errors import MonitorsError
 

@@ -1,0 +1,272 @@
+"""Weights & Biases: a few keys a layer, on a step metric of our own, never in training's way.
+
+Written against the behaviour of wandb 0.31 as seen in a run: ``wandb.init`` without a key asks on a
+terminal and raises elsewhere; with a key that is wrong or a server that is away it raises
+``CommError`` within ``init_timeout``; an offline run can be started in the same process afterwards.
+
+Keys. ``monitors/iteration`` is the step metric of everything here, because W&B drops rows whose own
+step is below the last one, which after a rollback is every replayed row. A signal with one value a
+layer is ``<signal>/layer<N>``; a signal over heads or query groups is ``<signal>/layer<N>/min``,
+``/median`` and ``/max``.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+from mcore_monitors.sample import SIGNALS, Sample, base_name
+from mcore_monitors.sinks.config import WandbConfig
+from mcore_monitors.sinks.summary import largest, mean, spread
+from mcore_monitors.sinks.wording import event_text
+
+RUN_ID_FILE = "wandb_run_id"
+STEP_METRIC = "monitors/iteration"
+#: Seconds that a server may take to let a run begin, before we go on offline.
+INIT_TIMEOUT = 20.0
+#: Seconds that the upload may take at the end; what is left stays on disk for ``wandb sync``.
+FINISH_TIMEOUT = 30.0
+#: ``finish_timeout`` begins only when the queue before it is through, and an alert to a server that
+#: has gone away is retried for hours (seen with 0.31): so requests give up after 1 + 2 + 4 seconds.
+_PATIENCE = {
+    "x_graphql_retry_max": 3,
+    "x_graphql_retry_wait_min_seconds": 1.0,
+    "x_graphql_retry_wait_max_seconds": 4.0,
+    "x_graphql_timeout_seconds": 10.0,
+}
+
+
+class WandbSink:
+    """Writes to a W&B run that is open already.
+
+    Args:
+        run: the run.
+        own: whether it is ours to finish; the host's own run is not.
+    """
+
+    def __init__(self, run: Any, *, own: bool) -> None:
+        self._run, self._own = run, own
+        self._defined: set[str] = set()
+        self._row: int | None = None
+        self._alarms = 0
+        run.define_metric(STEP_METRIC, hidden=True)
+        run.define_metric("monitors/*", step_metric=STEP_METRIC)
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run is kept on disk only."""
+        return bool(self._run.offline)
+
+    def sample(self, sample: Sample) -> None:
+        """Log one row."""
+        for name in sample.signals.keys() - self._defined:
+            self._run.define_metric(f"{name}/*", step_metric=STEP_METRIC)
+            self._defined.add(name)
+        row = {key: value for key, value in keys_of(sample).items() if value is not None}
+        row["monitors/alarms"] = self._alarms
+        if self._own:
+            self._run.log(row)
+            return
+        # The host logs with its own step. A commit of ours would push W&B's step beyond it, and
+        # drop what the host still has to say about this iteration; so our row joins the host's,
+        # unless that row still carries our last sample (nobody moved the step on in between).
+        if self._run.step == self._row:
+            self._run.log({}, commit=True)
+        self._row = self._run.step
+        self._run.log(row, commit=False)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Keep what matters in the run's summary; alert on a new diagnosis and at the end of hope.
+
+        A diagnosis comes with the first alarm and when the picture changes, so alerts are few and
+        carry the sentence with layer, signal, onset and likely cause. They need a server; the
+        summary is kept without one as well.
+        """
+        kind = event["kind"]
+        if kind == "alarm":
+            self._alarms += 1
+            self._keep("last_alarm", event)
+        elif kind == "diagnosis":
+            self._keep(kind, event)
+            cause = str(event.get("cause")).replace("_", " ")
+            self._alert(f"Training alarm: {cause}", event, event.get("severity"))
+        elif kind == "gave_up":
+            self._keep(kind, event)
+            self._alert("The monitors gave up", event, "critical")
+        elif kind in ("rollback", "recovered"):
+            self._keep(kind, event)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the run if it is ours; the host's own writes its open row when it finishes."""
+        if self._own:
+            self._run.finish(exit_code=exit_code)
+
+    def _keep(self, key: str, event: Mapping[str, Any]) -> None:
+        self._run.summary[f"monitors/{key}"] = _line(event)
+
+    def _alert(self, title: str, event: Mapping[str, Any], severity: Any) -> None:
+        if not self.offline:
+            level = "ERROR" if severity == "critical" else "WARN"
+            self._run.alert(title=title[:63], text=_line(event), level=level)
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    return f"iteration {event['iteration']}: {event_text(event)}"
+
+
+def keys_of(sample: Sample) -> dict[str, float | int | None]:
+    """Return a sample's W&B keys and values; None where a value is unknown."""
+    row: dict[str, float | int | None] = {
+        STEP_METRIC: sample.iteration,
+        "monitors/attempt": sample.attempt,
+        "monitors/loss": mean(sample.loss),
+        "monitors/grad_norm_max": largest(sample.grad_norm),
+        "monitors/learning_rate": sample.learning_rate,
+        "monitors/cost_seconds": sample.cost_seconds,
+    }
+    for name, layers in sample.signals.items():
+        info = SIGNALS.get(base_name(name))
+        for layer, values in layers.items():
+            seen, key = spread(values), f"{name}/layer{layer}"
+            if info is not None and info.unit == "layer":
+                row[key] = seen.middle if seen else None
+            else:
+                row[f"{key}/min"] = seen.low if seen else None
+                row[f"{key}/median"] = seen.middle if seen else None
+                row[f"{key}/max"] = seen.high if seen else None
+    return row
+
+
+def open_wandb(
+    config: WandbConfig,
+    run_dir: str | os.PathLike[str],
+    *,
+    say: Callable[[str], None],
+    writer: Any = None,
+    init_timeout: float = INIT_TIMEOUT,
+    finish_timeout: float = FINISH_TIMEOUT,
+) -> WandbSink | None:
+    """Return a sink on the host's W&B run, else on a run of our own, else None. Never raises.
+
+    Args:
+        config: the settings.
+        run_dir: run folder; our own run's files go to ``RUN/wandb``, its id to
+            ``RUN/wandb_run_id``, so that a relaunch goes on with the same run (online) or joins the
+            same group (offline, where W&B cannot resume).
+        say: prints one message.
+        writer: the host's initialised ``wandb`` module or run, if it has one.
+        init_timeout: seconds that the server may take before we go on offline.
+        finish_timeout: seconds that the upload may take at the end.
+    """
+    if config.enabled is False:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        say("W&B is off: the package wandb is not installed (pip install wandb).")
+        return None
+    except Exception as error:
+        say(f"W&B is off: the package wandb cannot be imported. {_short(error)}")
+        return None
+    try:
+        run = writer.run if isinstance(writer, ModuleType) else writer
+        run = run if run is not None else wandb.run
+        if run is not None:
+            return WandbSink(run, own=False)
+        return _own_run(wandb, config, Path(run_dir), say, init_timeout, finish_timeout)
+    except Exception as error:
+        say(f"W&B is off: {_short(error)}")
+        return None
+
+
+def _own_run(
+    wandb: ModuleType,
+    config: WandbConfig,
+    run_dir: Path,
+    say: Callable[[str], None],
+    init_timeout: float,
+    finish_timeout: float,
+) -> WandbSink | None:
+    known = wandb.setup().settings
+    if known.mode == "disabled":
+        say("W&B is off: WANDB_MODE is disabled.")
+        return None
+    identity = _stable_id(run_dir)
+    common: dict[str, Any] = {
+        "project": config.project,
+        "entity": config.entity,
+        "name": config.name or run_dir.resolve().name,
+        "group": identity,
+        "dir": str(run_dir),
+    }
+    settings = {"silent": True, "console": "off", "finish_timeout": finish_timeout}
+    if known.mode in ("offline", "dryrun"):
+        why = f"WANDB_MODE is {known.mode}"
+    elif not _has_key(known):
+        why = "no API key was found"
+    else:
+        try:
+            run = wandb.init(
+                **common,
+                id=identity,
+                resume="allow",
+                settings=wandb.Settings(**settings, **_PATIENCE, init_timeout=init_timeout),
+            )
+            say(f"W&B: {run.url}")
+            return WandbSink(run, own=True)
+        except Exception as error:
+            why = f"the server could not be used ({_short(error)})"
+    # An offline run cannot resume, and `wandb sync` of one id twice would overwrite: a new id each
+    # time, in the same group.
+    run = wandb.init(
+        **common,
+        id=f"{identity}-{secrets.token_hex(3)}",
+        mode="offline",
+        settings=wandb.Settings(**settings),
+    )
+    say(f"W&B is offline: {why}. Upload later with: wandb sync {Path(run.dir).parent}")
+    return WandbSink(run, own=True)
+
+
+def _stable_id(run_dir: Path) -> str:
+    path = run_dir / RUN_ID_FILE
+    if path.exists():
+        known = path.read_text().strip()
+        if known:
+            return known
+    identity = secrets.token_hex(4)
+    new = path.with_suffix(".new")
+    new.write_text(identity + "\n")
+    os.replace(new, path)
+    return identity
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether W&B would find a key without asking; looks where it looks, without a connection.
+
+    ``wandb.login`` is no help: it verifies over the network, for ten seconds without a server.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    if settings.api_key:
+        return True
+    hosts = {urlsplit(settings.base_url).netloc, "api.wandb.ai"}
+    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            entries = netrc.netrc(os.path.expanduser(name)).hosts if name else {}
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if hosts & entries.keys():
+            return True
+    return False
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
