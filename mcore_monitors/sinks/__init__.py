@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mcore_monitors.sample import Sample
-from mcore_monitors.sinks.events import EventWriter, stamp
+from mcore_monitors.sinks.events import EventFollower, EventWriter, stamp
 from mcore_monitors.sinks.history import HistoryWriter, effective_history
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def open_sinks(config: Config, *, local: bool, wandb: bool, wandb_run: Any = Non
         config: the settings; ``run_dir`` must be the same folder on every rank that writes.
         local: whether this rank writes history, events and console (global rank 0, and only it).
         wandb: whether this rank writes to W&B: the one that holds the host's W&B run (Megatron's
-            last), else global rank 0; at most one.
+            last), else global rank 0; at most one. Where that is not the rank of the files, it
+            reads the events from the run folder.
         wandb_run: that run, or the initialised ``wandb`` module.
 
     Raises:
@@ -117,5 +118,5 @@ def open_sinks(config: Config, *, local: bool, wandb: bool, wandb_run: Any = Non
 
         sink = open_wandb(config.wandb, config.run_dir, say=say, writer=wandb_run)
         if sink is not None:
-            parts.append(sink)
+            parts.append(sink if local else EventFollower(sink, config.run_dir))
     return Sinks(parts, strict=config.strict)

@@ -6,6 +6,7 @@ one away.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -92,3 +93,45 @@ class EventReader:
             MonitorsError: the file is missing or holds something else; names file and line.
         """
         return read_json_lines(self.path)
+
+
+class EventFollower:
+    """Gives a sink the events that another rank writes to ``RUN/events.jsonl``.
+
+    The host's W&B run may live on a rank that judges nothing (Megatron's last), while events are
+    made on rank 0. Following the file costs no collective; it needs a run folder that both ranks
+    see, and without one the sink gets samples only.
+
+    Args:
+        sink: takes samples as they come and events from the file, from now on.
+        run_dir: the run folder.
+    """
+
+    def __init__(self, sink: Any, run_dir: str | os.PathLike[str]) -> None:
+        self._sink = sink
+        self._path = Path(run_dir) / EVENTS_FILE
+        self._at = self._path.stat().st_size if self._path.exists() else 0
+
+    def sample(self, sample: Sample) -> None:
+        """Hand on the events so far, then the sample."""
+        self._catch_up()
+        self._sink.sample(sample)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """This rank's own copy of an event; the file has it too."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Hand on what is left and close the sink."""
+        self._catch_up()
+        self._sink.close(exit_code)
+
+    def _catch_up(self) -> None:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._at)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._at += len(whole)
+        for line in whole.splitlines():
+            self._sink.event(json.loads(line))

@@ -43,6 +43,20 @@ def alarm_text(event: Mapping[str, Any]) -> str:
     return text
 
 
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return a recovery plan in one sentence: where to, what is passed over, which remedy."""
+    text = f"back to the checkpoint of iteration {plan.get('checkpoint_iteration', '?')}"
+    if plan.get("pass_over_samples"):
+        text += f", passing over {plan['pass_over_samples']} samples"
+    remedy = plan.get("remedy") or {}
+    if remedy.get("attention") == "safe":
+        text += ", on the safe attention path"
+    factor = remedy.get("learning_rate_factor")
+    if isinstance(factor, (int, float)) and factor != 1:
+        text += f", learning rate × {number(factor)}"
+    return text
+
+
 def event_text(event: Mapping[str, Any]) -> str | None:
     """Return an event in one line of plain words; None for what needs no telling."""
     kind = event["kind"]
@@ -52,7 +66,7 @@ def event_text(event: Mapping[str, Any]) -> str | None:
     if kind == "diagnosis":
         return str(get("sentence") or get("cause"))
     if kind == "rollback":
-        return f"going back; plan: {_pairs(get('plan'))}"
+        return plan_text(get("plan") or {})
     if kind == "remedy":
         fields = {k: v for k, v in event.items() if k not in _COMMON}
         return _pairs(fields)

@@ -40,6 +40,20 @@ def test_alarms_stand_out_and_checkpoints_are_silent():
     )
 
 
+def test_a_rollback_says_where_to_and_what_changes():
+    stream = io.StringIO()
+    plan = {
+        "checkpoint_iteration": 550,
+        "pass_over_samples": 80,
+        "remedy": {"attention": "safe", "learning_rate_factor": 0.5, "pass_over": 80},
+    }
+    Console(stream).event({"kind": "rollback", "iteration": 620, "attempt": 0, "plan": plan})
+    assert stream.getvalue() == (
+        "monitors | ROLLBACK at iteration 620 | back to the checkpoint of iteration 550, passing "
+        "over 80 samples, on the safe attention path, learning rate × 0.5\n"
+    )
+
+
 def test_colour_only_on_a_terminal(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     plain, colour, asked = io.StringIO(), Terminal(), Terminal()
