@@ -91,7 +91,7 @@ def broadcast_text(text: str) -> str:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on at least one rank. For start-up only."""
+    """Whether the flag is set on at least one rank. Waits for the device."""
     if not in_use():
         return flag
     carrier = torch.tensor([int(flag)], dtype=torch.int64, device=device)

@@ -134,7 +134,8 @@ class Runtime:
             learning_rate: of this step, or None.
             consumed_samples: sequences that training has consumed in total.
         """
-        if self._steps and iteration - self._steps[0] >= self.config.interval:
+        first = self._steps[0] if self._steps else iteration
+        if (first - 1) // self.config.interval != (iteration - 1) // self.config.interval:
             # The host passed over the sampled iteration; its steps are lost to the history.
             self._steps, self._losses, self._grad_norms = [], [], []
         self._steps.append(iteration)
@@ -148,8 +149,9 @@ class Runtime:
         start = time.perf_counter()
         fields = self._packed.fields
         self._write_steps(fields)
+        stuck = self._would_wait_for_a_failed_rank()
         for monitor in self.monitors:
-            self._collect(monitor, iteration, fields)
+            self._collect(monitor, iteration, fields, skip=monitor.name in stuck)
         reduced = self._packed.reduce()
         self._disable_failed(reduced, iteration)
         sample = self._read(reduced, iteration, learning_rate, consumed, start)
@@ -174,12 +176,25 @@ class Runtime:
                 fields["grad_norm"][slot] += norm
                 fields["grad_norm_count"][slot] += 1
 
-    def _collect(self, monitor: Monitor, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+    def _would_wait_for_a_failed_rank(self) -> set[str]:
+        """Monitors whose ``collect`` waits for other ranks, one of which has failed already.
+
+        That rank will not take part, so nobody may wait; the sample turns them off everywhere.
+        """
+        return {
+            m.name
+            for m in self.monitors
+            if m.collective and parallel.any_rank(m.name in self._errors, self._device)
+        }
+
+    def _collect(
+        self, monitor: Monitor, iteration: int, fields: dict[str, torch.Tensor], *, skip: bool
+    ) -> None:
         prefix = f"{monitor.name}/"
         mine = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
         errors = mine.pop("errors")
         try:
-            if monitor.name not in self._errors:
+            if monitor.name not in self._errors and not skip:
                 with torch.no_grad():
                     monitor.collect(iteration, mine)
         except Exception as error:  # a monitor never breaks a run
@@ -225,9 +240,11 @@ class Runtime:
         signals = {}
         for monitor in self.monitors:
             prefix = f"{monitor.name}/"
-            signals |= monitor.read(
-                {k.removeprefix(prefix): v for k, v in reduced.items() if k.startswith(prefix)}
-            )
+            mine = {k.removeprefix(prefix): v for k, v in reduced.items() if k.startswith(prefix)}
+            try:
+                signals |= monitor.read(mine)
+            except Exception as error:  # a monitor never breaks a run; off at the next sample
+                self._errors[monitor.name] = f"{type(error).__name__}: {error}"
         return Sample(
             iteration=iteration,
             attempt=self.attempt,
@@ -289,7 +306,7 @@ class Runtime:
                 ),
                 iteration,
             )
-        except OSError as error:  # a full disk under the run folder must not stop training
+        except Exception as error:  # a full disk under the run folder must not stop training
             print(
                 f"mcore-monitors: checkpoint {iteration} could not be entered into the ledger and "
                 f"will not be used for a rollback. {error}",

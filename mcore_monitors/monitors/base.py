@@ -35,6 +35,8 @@ class Monitor(ABC):
 
     #: name in the configuration and in events
     name: str
+    #: whether ``collect`` waits for other ranks; then it runs on all of them or on none
+    collective: bool = False
 
     @abstractmethod
     def schema(self) -> dict[str, tuple[int, ...]]:

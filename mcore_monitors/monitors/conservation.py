@@ -29,6 +29,7 @@ class ConservationMonitor(Monitor):
         self._shape = (model.layers, model.groups)
         self._places = model.key_shift
         self._context = context
+        self.collective = context.size > 1
         self._sums = {
             layer: torch.zeros(2, groups, dtype=torch.float64, device=model.device)
             for layer, (_, groups) in model.key_shift.items()
