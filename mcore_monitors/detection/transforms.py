@@ -53,6 +53,10 @@ _BY_SIGNAL = {
     "attention/delta2_effective_rank": Scale(
         forward=_log, inverse=_exp, floor=0.03, least=float(np.log(1.3))
     ),
+    # Grows by half in 300 healthy steps (docs/demo.md), tenfold in 40 under a router fault.
+    "router/centred_conditioning": Scale(
+        forward=_log, inverse=_exp, floor=0.03, least=float(np.log(2.0))
+    ),
     "router/weight_similarity": Scale(forward=_fisher, inverse=_tanh, floor=0.01, least=0.1),
 }
 _DEFAULT = Scale(forward=_log, inverse=_exp, floor=0.03, least=float(np.log(1.2)))
