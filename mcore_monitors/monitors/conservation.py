@@ -70,7 +70,9 @@ class ConservationMonitor(Monitor):
             return
         # micro-batches need not be of one size
         parts = [
-            torch.cat(terms) for layer in layers for terms in zip(*self._waiting[layer], strict=True)
+            torch.cat(terms)
+            for layer in layers
+            for terms in zip(*self._waiting[layer], strict=True)
         ]
         whole = self._context(torch.cat([part.flatten() for part in parts]))
         pieces = whole.split([part.numel() for part in parts])
@@ -81,7 +83,5 @@ class ConservationMonitor(Monitor):
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         return {
-            "attention/key_shift": mean_by_layer(
-                fields["key_shift_sum"], fields["key_shift_count"]
-            )
+            "attention/key_shift": mean_by_layer(fields["key_shift_sum"], fields["key_shift_count"])
         }

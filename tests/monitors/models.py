@@ -9,6 +9,7 @@ from mcore_monitors.parallel import Packed
 from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView
 
 CPU = torch.device("cpu")
+ALONE = Replica()
 
 
 class TinyModel:
@@ -51,7 +52,7 @@ class TinyModel:
 
     def view(
         self,
-        replica: Replica = Replica(),
+        replica: Replica = ALONE,
         *,
         layers: range | None = None,
         groups: range | None = None,

@@ -22,6 +22,7 @@ from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView
 
 CUDA = torch.device("cuda")
+ALONE = Replica()
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def fake_tensors():
         yield
 
 
-def view(replica: Replica = Replica(), dtype: torch.dtype = torch.bfloat16) -> ModelView:
+def view(replica: Replica = ALONE, dtype: torch.dtype = torch.bfloat16) -> ModelView:
     model = ModelView(
         layers=3,
         heads=8,
@@ -99,7 +100,7 @@ class Doubling(GroupSum):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("replica", [Replica(), Replica(rank=1, size=3)])
+@pytest.mark.parametrize("replica", [ALONE, Replica(rank=1, size=3)])
 def test_attention_update(dtype: torch.dtype, replica: Replica) -> None:
     monitor = AttentionUpdateMonitor(view(replica, dtype), [10, 20], interval=10)
     one_sample_after_another(monitor, no_hooks)
