@@ -38,8 +38,8 @@ from demo_summary import print_table, summarise  # noqa: E402
 INJECTED_AT = 600
 STRENGTH = 0.003
 #: last iteration of the recovered and of the healthy run, and of the run that is left alone
-END = 900
-LEFT_ALONE_END = 900
+END = 850
+LEFT_ALONE_END = 850
 #: checkpoints; the last one before the fault is where the other two runs branch off
 SAVE_INTERVAL = 50
 BRANCH = INJECTED_AT - SAVE_INTERVAL
