@@ -53,10 +53,12 @@ class AttentionTap:
     def watch(self, key: torch.Tensor) -> None:
         """Hook dK, on sampled steps only; nothing is kept alive on the others.
 
-        A recomputed layer runs its forward twice, first without grad: ``requires_grad`` is False
-        there, so that every micro-batch is counted once.
+        What is recomputed runs its forward twice, first without grad and not hooked, so that every
+        micro-batch is counted once.
         """
-        if self._state.armed and self.on_key_gradient is not None and key.requires_grad:
+        if not self._state.armed or self.on_key_gradient is None:
+            return
+        if key.requires_grad and torch.is_grad_enabled():
             key.register_hook(self.on_key_gradient)
 
 

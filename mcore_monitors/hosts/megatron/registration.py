@@ -46,7 +46,8 @@ def register(spec: Any) -> Any:
 
 
 def _is_submodules(node: Any) -> bool:
-    return is_dataclass(node) and not isinstance(node, type)
+    # by name: Megatron's submodules are plain dataclasses without a common base
+    return is_dataclass(node) and type(node).__name__.endswith("Submodules")
 
 
 def _rebuild(node: Any) -> Any:
@@ -59,7 +60,7 @@ def _rebuild(node: Any) -> Any:
         return partial(node.func, *map(_rebuild, node.args), **keywords)
     if isinstance(node, list | tuple):
         return type(node)(map(_rebuild, node))
-    if _is_submodules(node) and type(node).__name__.endswith("Submodules"):
+    if _is_submodules(node):
         changes = {}
         for f in fields(node):
             value = getattr(node, f.name)
@@ -78,9 +79,11 @@ def _observe(builder: Any, observe: Callable[[type], type]) -> Any:
             return builder
         return observe(builder)
     if isinstance(builder, ModuleSpec):
-        new = copy.copy(builder)
         module = builder.module
-        new.module = _observe(module if isinstance(module, type) else import_module(module), observe)
+        if isinstance(module, tuple | list):  # (place, name)
+            module = import_module(module)
+        new = copy.copy(builder)
+        new.module = _observe(module, observe)
         return new
     if isinstance(builder, partial) and isinstance(builder.func, type):
         return partial(_observe(builder.func, observe), *builder.args, **builder.keywords)
