@@ -1,0 +1,147 @@
+"""Puts the page together: head, curves, tables, how to read it. Everything a run says is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+
+import numpy as np
+
+from mcore_monitors.report.curves import draw_signal, draw_story, layers_of
+from mcore_monitors.report.data import Run
+from mcore_monitors.report.story import group_text, layers_text, tell
+from mcore_monitors.report.svg import OTHERS
+from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table
+from mcore_monitors.sample import SIGNALS, base_name
+
+#: In how a signal runs when all is well, and on which side a fault shows.
+_HEALTHY = {
+    "low": "stays at the round-off floor",
+    "stable": "keeps its level",
+    "drifts": "drifts slowly",
+}
+_WATCH = {
+    "limit": "a fixed limit above that floor",
+    "low": "a fall below its own recent band",
+    "high": "a rise above its own recent band",
+    "both": "leaving its own recent band on either side",
+}
+
+
+def build_page(run: Run, others: Sequence[Run] = ()) -> str:
+    """Return the HTML page of a run.
+
+    Args:
+        run: the run that it is about.
+        others: runs drawn thin behind.
+    """
+    story = tell(run)
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in story.facts)
+    parts = [
+        f'<header class="{story.state}"><p class="name"><code>{escape(run.name)}</code> '
+        f'<span class="badge">{escape(story.badge)}</span></p>'
+        f"<h1>{escape(story.headline)}</h1><dl>{facts}</dl></header>",
+        _section("The course of the run", _story_figure(run, others)),
+        _signals(run, others),
+        _section("Events", event_table(run)),
+    ]
+    if run.plans:
+        parts.append(_section("Plans", plan_table(run)))
+    if run.checkpoints:
+        parts.append(_section("Checkpoints", checkpoint_table(run)))
+    parts += [_section("How to read it", _reading(run)), _section("Cost", cost_text(run))]
+    style = files("mcore_monitors.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Nothing is loaded and no script runs, whatever a run is called.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(run.name)}: {escape(story.badge)}</title><style>{style}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _legend(run: Run, others: Sequence[Run]) -> str:
+    items = [("line main", f"{run.name}: steps that count")]
+    if run.abandoned:
+        items.append(("line left", "left behind by a rollback or restart"))
+    for index, other in enumerate(others):
+        items.append((f"line {OTHERS[index % len(OTHERS)]}", other.name))
+    if run.drills:
+        items.append(("line drill", "fault injected"))
+    if any(g.critical for g in run.alarms):
+        items.append(("line alarm", "alarm, shaded from its onset"))
+    if any(not g.critical for g in run.alarms):
+        items.append(("line warn", "warning, not acted on"))
+    for status, colour in (("verified", "good"), ("pending", "pending"), ("suspect", "suspect")):
+        if any(mark.status == status for mark in run.checkpoints):
+            items.append((f"tick {colour}", f"checkpoint, {status}"))
+    spans = (f'<li><i class="{kind}"></i>{escape(text)}</li>' for kind, text in items)
+    return f'<ul class="legend">{"".join(spans)}</ul>'
+
+
+def _story_figure(run: Run, others: Sequence[Run]) -> str:
+    return (
+        f"{_legend(run, others)}"
+        f'<figure class="wide">{draw_story(run, others, wide=True)}</figure>'
+        f'<figure class="narrow">{draw_story(run, others, wide=False)}</figure>'
+    )
+
+
+def _signals(run: Run, others: Sequence[Run]) -> str:
+    loud = [g.signal for g in sorted(run.alarms, key=lambda g: (not g.critical, g.iteration))]
+    there = {name for sample in run.samples for name in sample.signals}
+    order = dict.fromkeys([*(s for s in loud if s in there), *sorted(there)])
+    blocks = []
+    for index, signal in enumerate(order):
+        layers, count = layers_of(run, signal)
+        figures = "".join(
+            f"<figure>{draw_signal(run, others, signal, n, f's{index}-{n}')}</figure>"
+            for n in layers
+        )
+        info = SIGNALS.get(base_name(signal))
+        note = ""
+        if info is not None and info.unit != "layer":
+            note = f"Line: median over the {info.unit}s of a layer; shade: lowest to highest. "
+        if count > len(layers):
+            note += f"{len(layers)} of {count} layers, those with alarms first. "
+        own = [g for g in run.alarms if g.signal == signal]
+        for group in own[:3]:
+            kind = "Alarm" if group.critical else "Warning"
+            note += f"{kind} at iteration {group.iteration} in {layers_text(group.layers)}. "
+        note += "" if own else "No alarm."
+        blocks.append(
+            f"<h3><code>{escape(signal)}</code></h3><p class='soft'>{escape(note)}</p>"
+            f'<div class="grid">{figures}</div>'
+        )
+    return _section("Every signal, layer by layer", "".join(blocks)) if blocks else ""
+
+
+def _reading(run: Run) -> str:
+    names = dict.fromkeys(
+        base_name(name) for sample in run.samples for name in sorted(sample.signals)
+    )
+    rows = [
+        "<p>A signal is judged against its own healthy course, or, where exact arithmetic fixes "
+        "its value, against a limit. An alarm names the iteration at which the deviation began "
+        "(its onset). A rollback returns to the newest checkpoint that was verified before it.</p>"
+    ]
+    for name in names:
+        info = SIGNALS.get(name)
+        if info is None:
+            continue
+        windows = sorted({s for sample in run.samples for s in sample.signals if "@" in s})
+        window = ", ".join(w.split("@")[1] for w in windows if base_name(w) == name)
+        rows.append(
+            f"<h3><code>{escape(name)}</code></h3><p>{escape(info.formula)}"
+            f"{escape(f' (here W = {window})') if window else ''}. One value a "
+            f"{escape(info.unit)}. In health it {_HEALTHY[info.healthy]}; an alarm is "
+            f"{_WATCH[info.watch]}. <span class='soft'>Source: {escape(info.source)}.</span></p>"
+        )
+    return "".join(rows)
