@@ -1,19 +1,15 @@
-"""Build small GPT models from layer specs, in this one process. Installs the CPU stand-in."""
+"""Build small GPT models from layer specs, in this one process."""
 
 from __future__ import annotations
 
-from mcore_monitors import cpu
+from typing import Any
 
-cpu.install()
-
-from typing import Any  # noqa: E402
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
 
 LAYERS, HEADS, GROUPS, EXPERTS, SEQUENCE, BATCH, WORDS = 2, 4, 2, 4, 8, 2, 32
 

@@ -7,16 +7,14 @@ from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
-from . import build  # the stand-in comes first
-
-import pytest  # noqa: I001
+import pytest
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,6 +29,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from mcore_monitors.errors import HostError
 from mcore_monitors.hosts.megatron.observed import is_observed
 from mcore_monitors.hosts.megatron.registration import register
+
+from . import build
 
 
 class FusedAttention(DotProductAttention):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import build  # the stand-in comes first
-
-import pytest  # noqa: I001
+import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -19,6 +17,8 @@ from mcore_monitors.hosts.megatron.model import MegatronModel
 from mcore_monitors.hosts.megatron.observed import AttentionTap, RouterTap
 from mcore_monitors.hosts.megatron.registration import register
 from mcore_monitors.monitors.base import StepState
+
+from . import build
 
 FULL = {
     "recompute_granularity": "full",
