@@ -1,4 +1,4 @@
-"""Draws a run: the story (course, loss, gradient norm, the signal that spoke) and every signal."""
+"""Strokes that every figure of the page is made of: lines, bands, marks, axes."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from mcore_monitors.report.data import Run, readings, steps
-from mcore_monitors.report.lanes import draw_lanes
-from mcore_monitors.report.svg import INK, OTHERS, drawing, inline
-from mcore_monitors.sample import SIGNALS, base_name
+from mcore_monitors.report.svg import INK, OTHERS
 
-#: Steps over which loss and gradient norm are averaged for the thick line.
+#: Steps over which the thick line of loss and gradient norm is the median.
 SMOOTH = 15
 #: Points of one line; a longer run is thinned out, its extremes kept.
 POINTS = 1600
-#: Layers of one signal that are drawn, those with alarms first.
-LAYERS = 8
 #: A signal is drawn on a log axis when its values span more than this.
 SPAN = 30.0
 
 
 def smooth(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
-    """Return the centred moving mean of values [N] -> [N]; unknown values are passed over."""
-    known = np.isfinite(values)
-    kernel = np.ones(min(width, max(1, len(values))))
-    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
-    count = np.convolve(known.astype(float), kernel, mode="same")
-    return np.where(known & (count > 0), total / np.maximum(count, 1), np.nan)
+    """Return the centred running median of values [N] -> [N], unmoved by a single spike.
+
+    Unknown values stay unknown and say nothing about their neighbours.
+    """
+    if len(values) == 0:
+        return values
+    half = width // 2
+    padded = np.pad(values, half, constant_values=np.nan)
+    rows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    return np.where(np.isfinite(values), _rows(rows, "nanmedian"), np.nan)
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -47,21 +46,21 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray
     return x[index], y[index]
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **style) -> None:
+def line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **style) -> None:
     axes.plot(*thin(x, y), color=INK[colour], **style)
 
 
-def _per_step(axes: Axes, run: Run, others: Sequence[Run], column: str) -> None:
+def per_step(axes: Axes, run: Run, others: Sequence[Run], column: str) -> None:
     for index, other in enumerate(others):
         x, y = steps(other.samples, column)
-        _line(axes, x, smooth(y), OTHERS[index % len(OTHERS)], linewidth=1.1, zorder=2)
+        line(axes, x, smooth(y), OTHERS[index % len(OTHERS)], linewidth=1.1, zorder=2)
     x, y = steps(run.samples, column)
-    _line(axes, x, y, "main", linewidth=0.6, alpha=0.3, zorder=3)
-    _line(axes, x, smooth(y), "main", linewidth=1.8, zorder=5)
+    line(axes, x, y, "main", linewidth=0.6, alpha=0.3, zorder=3)
+    line(axes, x, smooth(y), "main", linewidth=1.8, zorder=5)
     for left in run.abandoned:
         x, y = steps(left, column)
-        _line(axes, x, y, "left", linewidth=0.6, alpha=0.5, zorder=3)
-        _line(axes, x, smooth(y), "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
+        line(axes, x, y, "left", linewidth=0.6, alpha=0.5, zorder=3)
+        line(axes, x, smooth(y), "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
 
 
 def _rows(values: np.ndarray, function: str) -> np.ndarray:
@@ -71,33 +70,69 @@ def _rows(values: np.ndarray, function: str) -> np.ndarray:
         return getattr(np, function)(values, axis=1)
 
 
-def _band(axes: Axes, run: Run, others: Sequence[Run], signal: str, layer: int | None) -> None:
+def band(axes: Axes, run: Run, others: Sequence[Run], signal: str, layer: int | None) -> None:
     for index, other in enumerate(others):
         x, values = readings(other.samples, signal, layer)
         colour = OTHERS[index % len(OTHERS)]
-        _line(axes, x, _rows(values, "nanmedian"), colour, linewidth=1.0, zorder=2)
+        line(axes, x, _rows(values, "nanmedian"), colour, linewidth=1.0, zorder=2)
     x, values = readings(run.samples, signal, layer)
     if values.shape[1] > 1:
         low, high = _rows(values, "nanmin"), _rows(values, "nanmax")
         each = slice(None, None, max(1, len(x) // POINTS))
-        band = {"color": INK["main"], "alpha": 0.22, "linewidth": 0, "zorder": 3}
-        axes.fill_between(x[each], low[each], high[each], **band)
-        _line(axes, x, low, "main", linewidth=0.7, alpha=0.8, zorder=4)
-    _line(axes, x, _rows(values, "nanmedian"), "main", linewidth=1.7, zorder=5)
+        shade = {"color": INK["main"], "alpha": 0.22, "linewidth": 0, "zorder": 3}
+        axes.fill_between(x[each], low[each], high[each], **shade)
+        line(axes, x, low, "main", linewidth=0.6, alpha=0.7, zorder=4)
+        line(axes, x, high, "main", linewidth=0.6, alpha=0.7, zorder=4)
+    line(axes, x, _rows(values, "nanmedian"), "main", linewidth=1.7, zorder=5)
     for left in run.abandoned:
         x, values = readings(left, signal, layer)
         middle = _rows(values, "nanmedian")
-        _line(axes, x, middle, "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
+        line(axes, x, middle, "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
 
 
-def _scale(axes: Axes, *arrays: np.ndarray) -> None:
-    """Log axis where all values are positive and far apart; loss and entropy stay linear."""
-    values = np.concatenate([a.ravel() for a in arrays]) if arrays else np.array([])
+def scale(axes: Axes, values: np.ndarray, *, fit: bool) -> None:
+    """Log axis where all values are positive and far apart, linear otherwise.
+
+    Args:
+        values: all that the axis has to show, of any shape; NaN is passed over.
+        fit: whether the axis ends where these values end.
+    """
     values = values[np.isfinite(values)]
-    if len(values) and values.min() > 0 and values.max() / values.min() > SPAN:
-        log_axis(axes, values.min(), values.max())
+    if not len(values):
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        return
+    low, high = values.min(), values.max()
+    log = low > 0 and high / low > SPAN
+    if log:
+        log_axis(axes, low, high)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
+    if fit and high > low:
+        _fit(axes, low, high)
+
+
+def _fit(axes: Axes, low: float, high: float) -> None:
+    if axes.get_yscale() == "log":
+        pad = (high / low) ** 0.06
+        axes.set_ylim(low / pad, high * pad)
+    else:
+        pad = 0.06 * (high - low)
+        axes.set_ylim(low - pad, high + pad)
+
+
+def fit_window(axes: Axes, first: float, last: float) -> None:
+    """Let the y axis end where the lines between two iterations end."""
+    seen = []
+    for drawn in axes.lines:
+        x, y = np.asarray(drawn.get_xdata(), float), np.asarray(drawn.get_ydata(), float)
+        if len(x) > 2:
+            seen.append(y[(x >= first) & (x <= last) & np.isfinite(y)])
+    values = np.concatenate(seen) if seen else np.array([])
+    if len(values) and values.max() > values.min():
+        log = axes.get_yscale() == "log"
+        if log:
+            log_axis(axes, values.min(), values.max())
+        _fit(axes, values.min(), values.max())
 
 
 def log_axis(axes: Axes, low: float, high: float) -> None:
@@ -126,7 +161,7 @@ def limit_of(signal: str, runs: Sequence[Run]) -> float | None:
     return None
 
 
-def _marks(axes: Axes, run: Run, signal: str | None = None, layer: int | None = None) -> None:
+def marks(axes: Axes, run: Run, signal: str | None = None, layer: int | None = None) -> None:
     """Vertical marks: injection, critical alarms with their onset, warnings softer."""
     for at in {d["from_iteration"] for d in run.drills}:
         if at <= run.last_iteration:
@@ -142,14 +177,14 @@ def _marks(axes: Axes, run: Run, signal: str | None = None, layer: int | None = 
             axes.axvline(group.iteration, color=INK["warn"], zorder=6, **style)
 
 
-def _x_axis(axes: Axes, run: Run, others: Sequence[Run], ticks: int) -> None:
+def x_axis(axes: Axes, run: Run, others: Sequence[Run], ticks: int) -> None:
     runs = (run, *others)
     first, last = min(r.first_iteration for r in runs), max(r.last_iteration for r in runs)
     axes.set_xlim(first - 1, last + max(1, 0.01 * (last - first)))
     axes.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
 
 
-def _limit_line(axes: Axes, limit: float | None) -> None:
+def limit_line(axes: Axes, limit: float | None) -> None:
     if limit is not None:
         axes.axhline(limit, color=INK["alarm"], linewidth=1.0, linestyle=(0, (2, 2)), zorder=4)
         axes.annotate(
@@ -161,95 +196,3 @@ def _limit_line(axes: Axes, limit: float | None) -> None:
             color=INK["alarm"],
             fontsize=9.5,
         )
-
-
-def speaking_signal(run: Run) -> str | None:
-    """Return the signal of the first alarm that could act, else of the first, else a residual."""
-    groups = sorted(run.alarms, key=lambda g: (not g.critical, g.iteration))
-    there = {name for sample in run.samples for name in sample.signals}
-    for group in groups:
-        if group.signal in there:
-            return group.signal
-    return next((n for n in sorted(there) if _info(n, "watch") == "limit"), None)
-
-
-def _info(signal: str, field: str) -> str | None:
-    info = SIGNALS.get(base_name(signal))
-    return getattr(info, field) if info else None
-
-
-def draw_story(run: Run, others: Sequence[Run], *, wide: bool) -> str:
-    """Return the main figure as SVG: lanes of the course, loss, gradient norm, one signal.
-
-    Args:
-        wide: for a desk; otherwise for a phone.
-    """
-    signal = speaking_signal(run)
-    lanes = 0.9 + 0.34 * len(run.parts)
-    heights = [lanes, 2.5, 1.7, *([1.8] if signal else [])]
-    width = 10.4 if wide else 4.4
-    with drawing():
-        figure = Figure(figsize=(width, sum(heights) + 0.4 * len(heights)), layout="constrained")
-        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        draw_lanes(rows[0], run, wide=wide)
-        _per_step(rows[1], run, others, "loss")
-        rows[1].set_title("training loss (nats)")
-        _per_step(rows[2], run, others, "grad_norm")
-        rows[2].set_title("gradient norm, log axis")
-        norms = steps(run.samples, "grad_norm")[1]
-        norms = norms[np.isfinite(norms) & (norms > 0)]
-        if len(norms):
-            log_axis(rows[2], *rows[2].get_ylim() if rows[2].get_ylim()[0] > 0 else
-                     (norms.min(), norms.max()))
-        if signal:
-            _band(rows[3], run, others, signal, None)
-            rows[3].set_title(f"{signal}, all layers")
-            limit = limit_of(signal, (run, *others))
-            spread = [readings(r.samples, signal)[1] for r in (run, *others)]
-            spread += [readings(left, signal)[1] for left in run.abandoned]
-            _scale(rows[3], *spread, np.array([limit or np.nan]))
-            _limit_line(rows[3], limit)
-        for axes in rows[1:]:
-            _marks(axes, run)
-        _x_axis(rows[-1], run, others, 10 if wide else 5)
-        rows[-1].set_xlabel("iteration")
-        for axes in rows:
-            axes.tick_params(length=0)
-        label = "Course of the run, loss, gradient norm and the signal that raised the alarm"
-        return inline(figure, f"story-{wide}", label)
-
-
-def layers_of(run: Run, signal: str) -> tuple[list[int], int]:
-    """Return the layers to draw, at most :data:`LAYERS`, and how many there are."""
-    there = sorted({n for s in run.samples for n in s.signals.get(signal, {})})
-    loud = {n for g in run.alarms if g.signal == signal for n in g.layers}
-    ranked = sorted(there, key=lambda n: (n not in loud, n))
-    return sorted(ranked[:LAYERS]), len(there)
-
-
-def draw_signal(run: Run, others: Sequence[Run], signal: str, layer: int, name: str) -> str:
-    """Return one layer's course of a signal as SVG: median line and the band over its units."""
-    with drawing():
-        figure = Figure(figsize=(5.0, 2.15), layout="constrained")
-        axes = figure.subplots()
-        _band(axes, run, others, signal, layer)
-        limit = limit_of(signal, (run, *others))
-        # One scale for all layers of a signal, so that they can be compared by eye.
-        spread = [readings(r.samples, signal)[1] for r in (run, *others)]
-        spread += [readings(left, signal)[1] for left in run.abandoned]
-        _scale(axes, *spread, np.array([limit or np.nan]))
-        values = np.concatenate([a.ravel() for a in spread] + [np.array([limit or np.nan])])
-        values = values[np.isfinite(values)]
-        if len(values) and values.max() > values.min():
-            log = axes.get_yscale() == "log"
-            low, high = (np.log10((values.min(), values.max())) if log
-                         else (values.min(), values.max()))
-            pad = 0.05 * (high - low)
-            bounds = np.array((low - pad, high + pad))
-            axes.set_ylim(*(10**bounds if log else bounds))
-        _limit_line(axes, limit)
-        _marks(axes, run, signal, layer)
-        _x_axis(axes, run, others, 6)
-        axes.set_title(f"layer {layer}")
-        axes.tick_params(length=0)
-        return inline(figure, name, f"{signal} in layer {layer}")

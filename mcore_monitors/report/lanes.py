@@ -11,14 +11,18 @@ from mcore_monitors.report.svg import INK
 _STATUS = {"verified": "good", "pending": "pending", "suspect": "alarm"}
 
 
-def draw_lanes(axes: Axes, run: Run, *, wide: bool) -> None:
+def draw_lanes(
+    axes: Axes, run: Run, *, wide: bool, window: tuple[float, float] | None = None
+) -> None:
     """Draw the strip: kept stretches thick, abandoned ones grey and dashed, checkpoints as ticks.
 
     Args:
         axes: shares its x axis with the curves below.
         run: the run.
         wide: whether there is room for all words.
+        window: first and last iteration in view; None for the whole run.
     """
+    first, last = window or (run.first_iteration, run.last_iteration)
     axes.grid(False)
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -42,8 +46,10 @@ def draw_lanes(axes: Axes, run: Run, *, wide: bool) -> None:
             _arrow(axes, (before, row - 1), (start, row), "alarm" if rolled else "left")
             word = "rollback" if rolled else "restart"
             text = f"{word} to {start}"
-            _say(axes, run, start, row, text, "alarm" if rolled else "soft")
+            _say(axes, (start - first) / max(1, last - first), start, row, text, "alarm" if rolled else "soft")
     for mark in run.checkpoints:
+        if not first <= mark.iteration <= last:
+            continue
         axes.plot(
             [mark.iteration],
             [_lane(run, mark)],
@@ -54,13 +60,12 @@ def draw_lanes(axes: Axes, run: Run, *, wide: bool) -> None:
             zorder=5,
             linestyle="none",
         )
-    _words(axes, run, wide=wide)
+    _words(axes, run, first, last, wide=wide)
 
 
-def _say(axes: Axes, run: Run, x: float, row: int, text: str, colour: str) -> None:
+def _say(axes: Axes, share: float, x: float, row: int, text: str, colour: str) -> None:
     """Beside the arrow's head, on the side that has room."""
-    first, last = run.first_iteration, run.last_iteration
-    room = x - first > 0.3 * (last - first)
+    room = share > 0.3
     axes.annotate(
         text,
         (x, row),
@@ -99,36 +104,37 @@ def _lane(run: Run, mark: Mark) -> int:
     return rows[-1] if rows else 0
 
 
-def _words(axes: Axes, run: Run, *, wide: bool) -> None:
+def _words(axes: Axes, run: Run, first: float, last: float, *, wide: bool) -> None:
     """Injection to the left of its mark, the first alarm to the right: they are often close."""
     bottom = len(run.parts) - 0.45
-    span = max(1, run.last_iteration - run.first_iteration)
+    span = max(1, last - first)
     for drill in run.drills:
         at = drill["from_iteration"]
-        if at > run.last_iteration:
+        if not first <= at <= last:
             continue
         axes.plot([at, at], [-0.75, bottom], color=INK["drill"], lw=1.3, ls=(0, (5, 2)), zorder=4)
-        left = at - run.first_iteration > 0.25 * span
+        left = at - first > 0.25 * span
         text = f"fault injected at {at}" if wide else f"fault {at}"
-        _label(axes, at, text, "drill", left=left, lift=0)
-    critical = [g for g in run.alarms if g.critical]
+        _label(axes, at, text, "drill", left=left)
+    seen = [g for g in run.alarms if first <= g.iteration <= last]
+    critical = [g for g in seen if g.critical]
     for index, group in enumerate(critical):
         at = group.iteration
         axes.plot([at, at], [-0.75, bottom], color=INK["alarm"], lw=1.3, zorder=4)
         axes.fill_betweenx([-0.75, bottom], group.onset, at, color=INK["alarm"], alpha=0.14, lw=0)
         if index == 0:
             text = f"alarm at {at}, onset {group.onset}" if wide else f"alarm {at}"
-            _label(axes, at, text, "alarm", left=at - run.first_iteration > 0.75 * span, lift=0)
-    for group in run.alarms:
+            _label(axes, at, text, "alarm", left=at - first > 0.75 * span)
+    for group in seen:
         if not group.critical:
             axes.plot([group.iteration], [-0.45], marker="v", markersize=5, color=INK["warn"])
 
 
-def _label(axes: Axes, x: float, text: str, colour: str, *, left: bool, lift: float) -> None:
+def _label(axes: Axes, x: float, text: str, colour: str, *, left: bool) -> None:
     axes.annotate(
         text,
         (x, -0.75),
-        xytext=(-4 if left else 4, 1 + lift),
+        xytext=(-4 if left else 4, 1),
         textcoords="offset points",
         ha="right" if left else "left",
         va="bottom",

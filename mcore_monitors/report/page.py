@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-import numpy as np
-
-from mcore_monitors.report.curves import draw_signal, draw_story, layers_of
+from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
 from mcore_monitors.report.data import Run
-from mcore_monitors.report.story import group_text, layers_text, tell
+from mcore_monitors.report.story import layers_text, tell
 from mcore_monitors.report.svg import OTHERS
 from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table
 from mcore_monitors.sample import SIGNALS, base_name
@@ -87,11 +85,18 @@ def _legend(run: Run, others: Sequence[Run]) -> str:
 
 
 def _story_figure(run: Run, others: Sequence[Run]) -> str:
-    return (
-        f"{_legend(run, others)}"
-        f'<figure class="wide">{draw_story(run, others, wide=True)}</figure>'
-        f'<figure class="narrow">{draw_story(run, others, wide=False)}</figure>'
-    )
+    def both(window: tuple[float, float] | None) -> str:
+        return "".join(
+            f'<figure class="{kind}">'
+            f"{draw_story(run, others, wide=kind == 'wide', window=window)}</figure>"
+            for kind in ("wide", "narrow")
+        )
+
+    body = f"{_legend(run, others)}{both(None)}"
+    window = closer_window(run)
+    if window is not None:
+        body += f"<h3>A closer look at the rollback</h3>{both(window)}"
+    return body
 
 
 def _signals(run: Run, others: Sequence[Run]) -> str:
@@ -101,10 +106,8 @@ def _signals(run: Run, others: Sequence[Run]) -> str:
     blocks = []
     for index, signal in enumerate(order):
         layers, count = layers_of(run, signal)
-        figures = "".join(
-            f"<figure>{draw_signal(run, others, signal, n, f's{index}-{n}')}</figure>"
-            for n in layers
-        )
+        drawn = draw_signal(run, others, signal, layers, f"s{index}")
+        figures = "".join(f"<figure>{svg}</figure>" for svg in drawn)
         info = SIGNALS.get(base_name(signal))
         note = ""
         if info is not None and info.unit != "layer":
@@ -124,20 +127,18 @@ def _signals(run: Run, others: Sequence[Run]) -> str:
 
 
 def _reading(run: Run) -> str:
-    names = dict.fromkeys(
-        base_name(name) for sample in run.samples for name in sorted(sample.signals)
-    )
+    there = sorted({name for sample in run.samples for name in sample.signals})
     rows = [
         "<p>A signal is judged against its own healthy course, or, where exact arithmetic fixes "
         "its value, against a limit. An alarm names the iteration at which the deviation began "
         "(its onset). A rollback returns to the newest checkpoint that was verified before it.</p>"
     ]
-    for name in names:
+    for name in dict.fromkeys(base_name(signal) for signal in there):
         info = SIGNALS.get(name)
         if info is None:
             continue
-        windows = sorted({s for sample in run.samples for s in sample.signals if "@" in s})
-        window = ", ".join(w.split("@")[1] for w in windows if base_name(w) == name)
+        windowed = [s for s in there if "@" in s and base_name(s) == name]
+        window = ", ".join(s.split("@", 1)[1] for s in windowed)
         rows.append(
             f"<h3><code>{escape(name)}</code></h3><p>{escape(info.formula)}"
             f"{escape(f' (here W = {window})') if window else ''}. One value a "

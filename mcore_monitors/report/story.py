@@ -11,7 +11,7 @@ from mcore_monitors.errors import EXIT_ROLLBACK
 from mcore_monitors.recovery.ledger import APPLIED, DONE, FAILED, PLANNED
 from mcore_monitors.report.data import AlarmGroup, Run
 from mcore_monitors.sample import SIGNALS, base_name
-from mcore_monitors.sinks.wording import alarm_text, event_text, number, plan_text
+from mcore_monitors.sinks.wording import alarm_text, number, plan_text
 
 #: What to call each cause of a diagnosis.
 CAUSES: Mapping[str, str] = {
@@ -144,7 +144,12 @@ def _headline(run: Run, critical: list[AlarmGroup], state: str) -> str:
 def _facts(run: Run, critical: list[AlarmGroup]) -> list[tuple[str, str]]:
     facts = []
     for drill in run.drills:
-        text = event_text(drill) or ""
+        layers = drill.get("layers")
+        hit = layers_text(layers) if isinstance(layers, list) and layers else "all layers"
+        text = (
+            f"the fault {drill['fault']} was injected on purpose, strength "
+            f"{drill.get('strength')}, from iteration {drill['from_iteration']} on, {hit}"
+        )
         if drill["from_iteration"] > run.last_iteration:
             text += " (not reached yet)"
         facts.append(("Drill", text))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from html import escape
 
 import numpy as np
 
 from mcore_monitors.report.data import Run
 from mcore_monitors.report.story import group_text
 from mcore_monitors.sinks.wording import event_text, number
-from html import escape
 
 #: Kinds that have a table of their own, or say nothing to a reader.
 _ELSEWHERE = {"checkpoint", "alarm"}
