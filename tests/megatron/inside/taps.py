@@ -175,18 +175,27 @@ def test_the_view_of_a_model() -> None:
     assert [v.layer for v in view.routers] == [2]
     assert view.key_shift == {1: (0, 2), 2: (0, 2)}
     assert (view.left_out, described.context.size, described.reports_loss) == ([], 1, True)
-    for attention, shown in zip(build.modules(model, SelfAttention), view.attention, strict=True):
-        query, key = shown.read()
-        # through the layer itself: what it computes from unit vectors is its weight
-        eye = torch.eye(32).unsqueeze(1)  # [S = D, B = 1, D]
-        q, k, _ = attention.get_query_key_value_tensors(eye)
-        torch.testing.assert_close(q[:, 0].permute(1, 2, 0), query, rtol=0, atol=0)
-        torch.testing.assert_close(k[:, 0].permute(1, 2, 0), key, rtol=0, atol=0)
     router = build.modules(model, Router)[0]
     assert torch.equal(view.routers[0].read(), router.weight)
     with torch.no_grad():
         router.weight.add_(1.0)
     assert torch.equal(view.routers[0].read(), router.weight)  # live
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+@pytest.mark.parametrize("groups", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_weights_of_a_view_are_those_that_the_layer_uses(groups: int, gated: bool) -> None:
+    more = {"num_query_groups": groups, "attention_output_gate": gated}
+    model = build.gpt(register(get_gpt_layer_local_spec()), build.config(**more))
+    views = MegatronModel([model]).view.attention
+    for attention, view in zip(build.modules(model, SelfAttention), views, strict=True):
+        # what a linear layer makes of unit vectors is its weight
+        unit_vectors = torch.eye(32).unsqueeze(1)  # [S = D, B = 1, D]
+        query, key, *_ = attention.get_query_key_value_tensors(unit_vectors, output_gate=gated)
+        got_query, got_key = view.read()
+        assert torch.equal(got_query, query[:, 0].permute(1, 2, 0))
+        assert torch.equal(got_key, key[:, 0].permute(1, 2, 0))
+        assert (view.first_group, view.groups, view.heads_per_group) == (0, groups, 4 // groups)
 
 
 def test_a_model_that_was_not_registered_is_left_out_with_a_reason() -> None:
