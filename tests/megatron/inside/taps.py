@@ -198,6 +198,21 @@ def test_weights_of_a_view_are_those_that_the_layer_uses(groups: int, gated: boo
         assert (view.first_group, view.groups, view.heads_per_group) == (0, groups, 4 // groups)
 
 
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
+        ({"fp8_dot_product_attention": True}, "8-bit"),
+    ],
+)
+def test_attention_without_the_identity_is_left_out(more: dict[str, Any], reason: str) -> None:
+    model = build.gpt(register(get_gpt_layer_local_spec()), build.config(**more))
+    view = MegatronModel([model]).view
+    assert view.key_shift == {}
+    assert [reason in sentence for sentence in view.left_out] == [True, True]
+    assert [v.layer for v in view.attention] == [1, 2]  # the weights are read all the same
+
+
 def test_a_model_that_was_not_registered_is_left_out_with_a_reason() -> None:
     spec = get_gpt_layer_local_spec(num_experts=build.EXPERTS)
     view = MegatronModel([build.gpt(spec, build.config(experts=True))]).view
