@@ -274,6 +274,15 @@ class Runtime:
                 verdict, iteration=sample.iteration, consumed_samples=sample.consumed_samples
             )
             return self._act(action, sample.iteration)
+        except OSError as error:
+            # The ledger could not be written, so nothing was decided; the next sample tries again.
+            print(
+                f"mcore-monitors: no decision at iteration {sample.iteration}, the run folder "
+                f"could not be written: {error}. Trying again at the next sample.",
+                file=sys.stderr,
+                flush=True,
+            )
+            return _GO_ON
         except Exception as error:  # judging never breaks a run
             self.judge = None
             text = f"{type(error).__name__}: {error}"
