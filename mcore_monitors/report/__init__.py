@@ -1,7 +1,8 @@
 """The local report: one HTML page about a run, for people without W&B or without a network.
 
-:mod:`.data` reads a run folder, :mod:`.story` says in words what happened, :mod:`.curves` draws,
-:mod:`.page` puts the page together. matplotlib is imported only when a page is made.
+:mod:`.read` reads a run folder into :mod:`.data`, :mod:`.story` says in words what happened,
+:mod:`.figures` draws, :mod:`.page` puts the page together. matplotlib is imported only when a page
+is made.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def write_report(
         MonitorsError: a file is missing, empty or cannot be understood, or the page cannot be
             written; names the file. No half-written page is left behind.
     """
-    from mcore_monitors.report.data import read_run
     from mcore_monitors.report.page import build_page
+    from mcore_monitors.report.read import read_run
 
     run, others = read_run(run_dir), [read_run(other) for other in compare]
     path = Path(output) if output is not None else Path(run_dir) / REPORT_FILE

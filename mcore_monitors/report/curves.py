@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 from mcore_monitors.report.data import Run, readings, steps
 from mcore_monitors.report.svg import INK, OTHERS
 
-#: Steps over which the thick line of loss and gradient norm is the median.
+#: Steps over which the thick line of loss and gradient norm is smoothed.
 SMOOTH = 15
 #: Points of one line; a longer run is thinned out, its extremes kept.
 POINTS = 1600
@@ -21,16 +21,18 @@ SPAN = 30.0
 
 
 def smooth(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
-    """Return the centred running median of values [N] -> [N], unmoved by a single spike.
+    """Return the centred running median, its steps averaged out: values [N] -> [N].
 
-    Unknown values stay unknown and say nothing about their neighbours.
+    A single spike does not move it. Unknown values stay unknown, and their neighbours ignore them.
     """
     if len(values) == 0:
         return values
-    half = width // 2
-    padded = np.pad(values, half, constant_values=np.nan)
-    rows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    return np.where(np.isfinite(values), _rows(rows, "nanmedian"), np.nan)
+    smoothed = values
+    for function, half in (("nanmedian", width // 2), ("nanmean", width // 4)):
+        padded = np.pad(smoothed, half, constant_values=np.nan)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+        smoothed = np.where(np.isfinite(values), _rows(windows, function), np.nan)
+    return smoothed
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -47,10 +49,12 @@ def thin(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray
 
 
 def line(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, **style) -> None:
+    """Draw values [N] over iterations [N]."""
     axes.plot(*thin(x, y), color=INK[colour], **style)
 
 
 def per_step(axes: Axes, run: Run, others: Sequence[Run], column: str) -> None:
+    """Draw ``loss`` or ``grad_norm``: every step faint, the smoothed course strong."""
     for index, other in enumerate(others):
         x, y = steps(other.samples, column)
         line(axes, x, smooth(y), OTHERS[index % len(OTHERS)], linewidth=1.1, zorder=2)
@@ -60,7 +64,7 @@ def per_step(axes: Axes, run: Run, others: Sequence[Run], column: str) -> None:
     for left in run.abandoned:
         x, y = steps(left, column)
         line(axes, x, y, "left", linewidth=0.6, alpha=0.5, zorder=3)
-        line(axes, x, smooth(y), "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
+        line(axes, x, smooth(y), "left", linewidth=1.5, linestyle=(0, (3, 2)), zorder=6)
 
 
 def _rows(values: np.ndarray, function: str) -> np.ndarray:
@@ -71,6 +75,7 @@ def _rows(values: np.ndarray, function: str) -> np.ndarray:
 
 
 def band(axes: Axes, run: Run, others: Sequence[Run], signal: str, layer: int | None) -> None:
+    """Draw a signal over the heads or groups of one layer, or of all: median and range."""
     for index, other in enumerate(others):
         x, values = readings(other.samples, signal, layer)
         colour = OTHERS[index % len(OTHERS)]
@@ -87,7 +92,7 @@ def band(axes: Axes, run: Run, others: Sequence[Run], signal: str, layer: int | 
     for left in run.abandoned:
         x, values = readings(left, signal, layer)
         middle = _rows(values, "nanmedian")
-        line(axes, x, middle, "left", linewidth=1.5, linestyle=(0, (4, 2)), zorder=4)
+        line(axes, x, middle, "left", linewidth=1.5, linestyle=(0, (3, 2)), zorder=6)
 
 
 def scale(axes: Axes, values: np.ndarray, *, fit: bool) -> None:
@@ -166,18 +171,23 @@ def marks(axes: Axes, run: Run, signal: str | None = None, layer: int | None = N
     for at in {d["from_iteration"] for d in run.drills}:
         if at <= run.last_iteration:
             axes.axvline(at, color=INK["drill"], linewidth=1.3, linestyle=(0, (5, 2)), zorder=6)
-    for group in run.alarms:
+    for group in run.alarms if signal is not None else run.first_alarms:
         if signal is not None and (group.signal != signal or layer not in (None, *group.layers)):
             continue
         if group.critical:
+            # A cell that comes later is behind the same fault: its line is enough.
+            if group not in run.first_alarms:
+                axes.axvline(group.iteration, color=INK["alarm"], linewidth=0.7, alpha=0.6)
+                continue
             axes.axvspan(group.onset, group.iteration, color=INK["alarm"], alpha=0.14, linewidth=0)
             axes.axvline(group.iteration, color=INK["alarm"], linewidth=1.3, zorder=6)
-        elif signal is not None:
+        else:
             style = {"linewidth": 1.1, "linestyle": (0, (1, 2))}
             axes.axvline(group.iteration, color=INK["warn"], zorder=6, **style)
 
 
 def x_axis(axes: Axes, run: Run, others: Sequence[Run], ticks: int) -> None:
+    """Let the x axis hold all the runs; whole iterations only."""
     runs = (run, *others)
     first, last = min(r.first_iteration for r in runs), max(r.last_iteration for r in runs)
     axes.set_xlim(first - 1, last + max(1, 0.01 * (last - first)))
@@ -185,6 +195,7 @@ def x_axis(axes: Axes, run: Run, others: Sequence[Run], ticks: int) -> None:
 
 
 def limit_line(axes: Axes, limit: float | None) -> None:
+    """Draw a fixed limit, where there is one."""
     if limit is not None:
         axes.axhline(limit, color=INK["alarm"], linewidth=1.0, linestyle=(0, (2, 2)), zorder=4)
         axes.annotate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch
 
-from mcore_monitors.report.data import Mark, Run
+from mcore_monitors.report.data import AlarmGroup, Mark, Run
 from mcore_monitors.report.svg import INK
 
 _STATUS = {"verified": "good", "pending": "pending", "suspect": "alarm"}
@@ -28,7 +28,7 @@ def draw_lanes(
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(labelbottom=False)
     count = len(run.parts)
-    axes.set_ylim(count - 0.45, -1.25)
+    axes.set_ylim(count - 0.3, -1.25)
     for row, part in enumerate(run.parts):
         ends = [s.iteration for s in part.samples]
         start = part.samples[0].first_step - 1
@@ -46,7 +46,8 @@ def draw_lanes(
             _arrow(axes, (before, row - 1), (start, row), "alarm" if rolled else "left")
             word = "rollback" if rolled else "restart"
             text = f"{word} to {start}"
-            _say(axes, (start - first) / max(1, last - first), start, row, text, "alarm" if rolled else "soft")
+            share = (start - first) / max(1, last - first)
+            _say(axes, share, start, row, text, "alarm" if rolled else "soft")
     for mark in run.checkpoints:
         if not first <= mark.iteration <= last:
             continue
@@ -69,7 +70,7 @@ def _say(axes: Axes, share: float, x: float, row: int, text: str, colour: str) -
     axes.annotate(
         text,
         (x, row),
-        xytext=(-10 if room else 4, 0 if room else 11),
+        xytext=(-10 if room else 2, 0 if room else -14),
         textcoords="offset points",
         ha="right" if room else "left",
         va="center",
@@ -83,7 +84,7 @@ def _arrow(axes: Axes, tail: tuple[float, float], head: tuple[float, float], col
         FancyArrowPatch(
             tail,
             head,
-            connectionstyle="arc3,rad=-0.18",
+            connectionstyle="arc3,rad=-0.06",
             arrowstyle="-|>,head_length=6,head_width=3.5",
             color=INK[colour],
             linewidth=1.6,
@@ -106,7 +107,7 @@ def _lane(run: Run, mark: Mark) -> int:
 
 def _words(axes: Axes, run: Run, first: float, last: float, *, wide: bool) -> None:
     """Injection to the left of its mark, the first alarm to the right: they are often close."""
-    bottom = len(run.parts) - 0.45
+    bottom = len(run.parts) - 0.3
     span = max(1, last - first)
     for drill in run.drills:
         at = drill["from_iteration"]
@@ -114,27 +115,34 @@ def _words(axes: Axes, run: Run, first: float, last: float, *, wide: bool) -> No
             continue
         axes.plot([at, at], [-0.75, bottom], color=INK["drill"], lw=1.3, ls=(0, (5, 2)), zorder=4)
         left = at - first > 0.25 * span
+        # Where the alarm's words have to go to the left too, these go above them.
+        near_end = any(at <= g.iteration and _near_end(g, first, span) for g in run.first_alarms)
         text = f"fault injected at {at}" if wide else f"fault {at}"
-        _label(axes, at, text, "drill", left=left)
+        _label(axes, at, text, "drill", left=left, lift=15 if near_end else 0)
     seen = [g for g in run.alarms if first <= g.iteration <= last]
-    critical = [g for g in seen if g.critical]
-    for index, group in enumerate(critical):
+    shown = [g for g in run.first_alarms if g in seen]
+    for index, group in enumerate(shown):
         at = group.iteration
         axes.plot([at, at], [-0.75, bottom], color=INK["alarm"], lw=1.3, zorder=4)
         axes.fill_betweenx([-0.75, bottom], group.onset, at, color=INK["alarm"], alpha=0.14, lw=0)
         if index == 0:
             text = f"alarm at {at}, onset {group.onset}" if wide else f"alarm {at}"
-            _label(axes, at, text, "alarm", left=at - first > 0.75 * span)
+            _label(axes, at, text, "alarm", left=_near_end(group, first, span))
     for group in seen:
-        if not group.critical:
-            axes.plot([group.iteration], [-0.45], marker="v", markersize=5, color=INK["warn"])
+        if group not in shown:
+            colour = INK["alarm" if group.critical else "warn"]
+            axes.plot([group.iteration], [-0.45], marker="v", markersize=5, color=colour)
 
 
-def _label(axes: Axes, x: float, text: str, colour: str, *, left: bool) -> None:
+def _near_end(group: AlarmGroup, first: float, span: float) -> bool:
+    return group.iteration - first > 0.72 * span
+
+
+def _label(axes: Axes, x: float, text: str, colour: str, *, left: bool, lift: int = 0) -> None:
     axes.annotate(
         text,
         (x, -0.75),
-        xytext=(-4 if left else 4, 1),
+        xytext=(-4 if left else 4, 1 + lift),
         textcoords="offset points",
         ha="right" if left else "left",
         va="bottom",

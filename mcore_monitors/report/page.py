@@ -1,4 +1,4 @@
-"""Puts the page together: head, curves, tables, how to read it. Everything a run says is escaped."""
+"""Puts the page together: head, curves, tables, how to read it. What a run says is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
 from mcore_monitors.report.data import Run
-from mcore_monitors.report.story import layers_text, tell
+from mcore_monitors.report.story import against, layers_text, tell
 from mcore_monitors.report.svg import OTHERS
 from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table
 from mcore_monitors.sample import SIGNALS, base_name
@@ -70,7 +70,8 @@ def _legend(run: Run, others: Sequence[Run]) -> str:
     if run.abandoned:
         items.append(("line left", "left behind by a rollback or restart"))
     for index, other in enumerate(others):
-        items.append((f"line {OTHERS[index % len(OTHERS)]}", other.name))
+        text = other.name + against(run, other)
+        items.append((f"line {OTHERS[index % len(OTHERS)]}", text))
     if run.drills:
         items.append(("line drill", "fault injected"))
     if any(g.critical for g in run.alarms):
@@ -79,7 +80,8 @@ def _legend(run: Run, others: Sequence[Run]) -> str:
         items.append(("line warn", "warning, not acted on"))
     for status, colour in (("verified", "good"), ("pending", "pending"), ("suspect", "suspect")):
         if any(mark.status == status for mark in run.checkpoints):
-            items.append((f"tick {colour}", f"checkpoint, {status}"))
+            shape = "cross" if status == "suspect" else "tick"
+            items.append((f"{shape} {colour}", f"checkpoint, {status}"))
     spans = (f'<li><i class="{kind}"></i>{escape(text)}</li>' for kind, text in items)
     return f'<ul class="legend">{"".join(spans)}</ul>'
 

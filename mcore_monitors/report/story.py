@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mcore_monitors.errors import EXIT_ROLLBACK
 from mcore_monitors.recovery.ledger import APPLIED, DONE, FAILED, PLANNED
-from mcore_monitors.report.data import AlarmGroup, Run
+from mcore_monitors.report.data import AlarmGroup, Run, steps
 from mcore_monitors.sample import SIGNALS, base_name
 from mcore_monitors.sinks.wording import alarm_text, number, plan_text
 
+#: Steps over which two runs are compared.
+LAST_STEPS = 50
 #: What to call each cause of a diagnosis.
 CAUSES: Mapping[str, str] = {
     "attention_numerics": "wrong numbers in the attention",
@@ -82,6 +86,35 @@ def joined(words: Iterable[str]) -> str:
     return f"{', '.join(start)} and {last}" if start else last
 
 
+def drill_text(event: Mapping[str, Any]) -> str:
+    """Return a drill in words."""
+    layers = event.get("layers")
+    good = isinstance(layers, list) and all(isinstance(n, int) for n in layers) and layers
+    return (
+        f"the fault {event['fault']} is injected on purpose from iteration "
+        f"{event['from_iteration']} on, strength {event.get('strength')}, "
+        f"{layers_text(layers) if good else 'all layers'}"
+    )
+
+
+def against(run: Run, other: Run) -> str:
+    """Return how another run's loss compares, e.g. ``, loss 0.726 higher in the end``.
+
+    Over the last steps that both have; nothing where they share none.
+    """
+    (x, mine), (y, theirs) = steps(run.samples, "loss"), steps(other.samples, "loss")
+    _, i, j = np.intersect1d(x, y, return_indices=True)
+    gaps = theirs[j] - mine[i]
+    gaps = gaps[np.isfinite(gaps)]
+    if not len(gaps):
+        return ""
+    if not gaps.any():
+        return ": the same loss at every step"
+    gap = float(np.mean(gaps[-LAST_STEPS:]))
+    end = int(min(run.samples[-1].iteration, other.samples[-1].iteration))
+    return f": loss {abs(gap):.3f} {'higher' if gap > 0 else 'lower'} at iteration {end}"
+
+
 def tell(run: Run) -> Story:
     """Return the head of the page for a run."""
     critical = [group for group in run.alarms if group.critical]
@@ -103,10 +136,12 @@ def _state(run: Run, critical: list[AlarmGroup]) -> tuple[str, str]:
     if plan and plan.status == DONE and not again:
         return "recovered", "recovered"
     if plan and plan.status in (PLANNED, APPLIED) and not again:
-        return "recovering", "waiting for a restart" if plan.status == PLANNED else "going on"
+        if plan.status == PLANNED:
+            return "recovering", "waiting for a restart"
+        return "recovering", "ended early" if _finished(run) else "going on"
     if critical:
         return "alarm", "alarm" if since is None else "alarm again"
-    return ("warned", "calm, with a warning") if run.alarms else ("calm", "calm")
+    return ("warned", "calm, with warnings") if run.alarms else ("calm", "calm")
 
 
 def _headline(run: Run, critical: list[AlarmGroup], state: str) -> str:
@@ -126,9 +161,12 @@ def _headline(run: Run, critical: list[AlarmGroup], state: str) -> str:
     if plan is not None:
         back = f"the run went back to the checkpoint of iteration {plan.checkpoint_iteration}"
         times = f" ({len(run.plans)} rollbacks in all)" if len(run.plans) > 1 else ""
+        proof = "has yet to pass the old alarm quietly for long enough"
+        if _finished(run):
+            proof = "ended before it had passed the old alarm quietly for long enough"
         then = {
             "recovered": f" and passed the old alarm quietly: recovered{times}.",
-            "recovering": f" and has to show that it is well{times}.",
+            "recovering": f" and {proof}{times}.",
             "alarm": f"{times}, and the alarm came again.",
             "gave-up": f"{times}, and gave up in the end.",
         }[state]
@@ -144,12 +182,7 @@ def _headline(run: Run, critical: list[AlarmGroup], state: str) -> str:
 def _facts(run: Run, critical: list[AlarmGroup]) -> list[tuple[str, str]]:
     facts = []
     for drill in run.drills:
-        layers = drill.get("layers")
-        hit = layers_text(layers) if isinstance(layers, list) and layers else "all layers"
-        text = (
-            f"the fault {drill['fault']} was injected on purpose, strength "
-            f"{drill.get('strength')}, from iteration {drill['from_iteration']} on, {hit}"
-        )
+        text = drill_text(drill)
         if drill["from_iteration"] > run.last_iteration:
             text += " (not reached yet)"
         facts.append(("Drill", text))
@@ -206,6 +239,11 @@ def _plan_state(status: str) -> str:
         DONE: "the run passed the old alarm quietly",
         FAILED: "it did not help",
     }[status]
+
+
+def _finished(run: Run) -> bool:
+    ends = [e for e in run.events if e["kind"] in ("start", "stop")]
+    return bool(ends) and ends[-1]["kind"] == "stop" and ends[-1].get("exit_code") == 0
 
 
 def _now(run: Run) -> str:

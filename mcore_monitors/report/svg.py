@@ -89,7 +89,8 @@ def inline(figure: Figure, name: str, label: str) -> str:
     # Inside HTML the namespaces go without saying, and nothing may look like a resource to load.
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r' id="[a-zA-Z_.]+\d+"', "", text)
+    # Names of groups ("axes_1") come again in every figure; those that are referred to are hashes.
+    text = re.sub(r' id="[a-zA-Z.0-9]+_\d+"', "", text)
     # A tenth of a unit is less than a pixel.
     text = re.sub(
         r' d="[^"]*"',

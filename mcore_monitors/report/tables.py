@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from mcore_monitors.report.data import Run
-from mcore_monitors.report.story import group_text
+from mcore_monitors.report.story import drill_text, group_text
 from mcore_monitors.sinks.wording import event_text, number
 
 #: Kinds that have a table of their own, or say nothing to a reader.
@@ -51,13 +51,16 @@ def event_table(run: Run) -> str:
             text = group_text(group)
         elif kind in _ELSEWHERE:
             continue
+        elif kind == "drill":
+            text = drill_text(event)
         elif kind == "start":
             text = _start(event)
         elif kind == "stop":
             text = f"exit code {event.get('exit_code')}"
         elif kind == "diagnosis" and event.get("severity") == "warning":
             style = "warning"
-        rows.append((style, (event["iteration"], _clock(event), kind.replace("_", " "), text or "")))
+        cells = (event["iteration"], _clock(event), kind.replace("_", " "), text or "")
+        rows.append((style, cells))
     if not rows:
         return "<p>None on record.</p>"
     return table(("iteration", "time", "event", "what"), rows)
