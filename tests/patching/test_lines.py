@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,42 +26,58 @@ ARGUMENTS = (
     "--lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 64 --num-workers 0 "
     "--eval-iters 0 --eval-interval 1000 --log-interval 1 --save checkpoints --save-interval 2"
 ).split()
+FLAG = ["--mcore-monitors", "any.yaml"]
 
 
-def _start(
-    module: str, *words: object, cwd: Path, megatron: Path | None = None
-) -> subprocess.Popen:
-    """Start a recording script of this folder as the only rank of a job of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    cwd.mkdir(exist_ok=True)
-    environment = {
-        **os.environ,
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        **{"DS_ACCELERATOR": "cpu", "MCORE_MONITORS_CPU": "1"},
-        "PYTHONPATH": os.pathsep.join(str(path) for path in (megatron, ROOT) if path),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", f"tests.patching.{module}", *map(str, words)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recording script of this folder, under way as the only rank of a job of its own."""
+
+    process: subprocess.Popen
+    folder: Path
+
+    def record(self, code: int = 0) -> dict[str, Any]:
+        """Wait for the script to leave with this code and return what it wrote down."""
+        assert self.process.wait() == code, (self.folder / "log").read_text()[-4000:]
+        return json.loads((self.folder / "record.json").read_text())
 
 
-def _megatron(exit_at: int, *words: str, cwd: Path, megatron: Path | None) -> subprocess.Popen:
-    script = [ROOT / "launch/pretrain_gpt.py", *default_arguments(), *ARGUMENTS, *words]
-    return _start("record_megatron", "record.json", exit_at, *script, cwd=cwd, megatron=megatron)
+@pytest.fixture
+def start(tmp_path):
+    """Start a script in a folder of its own; what still runs when a test fails is ended."""
+    runs = []
+
+    def starter(name: str, module: str, *words: object, megatron: Path | None = None) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        environment = {
+            **os.environ,
+            **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"},
+            # A job of one rank may leave the choice of a port to the system: no race for one.
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+            **{"DS_ACCELERATOR": "cpu", "MCORE_MONITORS_CPU": "1"},
+            "PYTHONPATH": os.pathsep.join(str(path) for path in (megatron, ROOT) if path),
+        }
+        with open(folder / "log", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"tests.patching.{module}", "record.json", *map(str, words)],
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        runs.append(Run(process=process, folder=folder))
+        return runs[-1]
+
+    yield starter
+    for run in runs:
+        run.process.kill()
+        run.process.wait()
 
 
-def _finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == code, output[-4000:]
-    return output
+def _megatron(exit_at: int, *words: str) -> list[object]:
+    """Return the words after the record's name for a training of 4 iterations."""
+    return [exit_at, ROOT / "launch/pretrain_gpt.py", *default_arguments(), *ARGUMENTS, *words]
 
 
 @pytest.fixture(scope="session")
@@ -75,15 +91,14 @@ def older(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("release", ["installed", "0.18.2"])
-def test_megatron_calls(release, tmp_path, request):
+def test_megatron_calls(release, start, request):
     """To the natural end, and to one asked for after iteration 3."""
     megatron = request.getfixturevalue("older") if release == "0.18.2" else None
-    flag = ["--mcore-monitors", "any.yaml"]
-    whole = _megatron(0, *flag, cwd=tmp_path / "whole", megatron=megatron)
-    left = _megatron(3, *flag, cwd=tmp_path / "left", megatron=megatron)
-    _finish(whole)
-    _finish(left, 85)
-    calls = json.loads((tmp_path / "whole/record.json").read_text())["calls"]
+    whole, left = (
+        start(f"exit-{at}", "record_megatron", *_megatron(at, *FLAG), megatron=megatron)
+        for at in (0, 3)
+    )
+    calls = whole.record()["calls"]
     names = [name for name, _ in calls]
     # Arguments are parsed again for the fault tolerance package, which throws them away.
     assert names[:4] == ["on_arguments", "on_arguments", "on_layer_spec", "on_setup"]
@@ -99,12 +114,11 @@ def test_megatron_calls(release, tmp_path, request):
         [2, "checkpoints/iter_0000002"],
         [4, "checkpoints/iter_0000004"],
     ]
-    calls_left = json.loads((tmp_path / "left/record.json").read_text())["calls"]
     third = names.index("on_step") + 4
-    assert calls_left == [*calls[:third], ["on_end", None]]
+    assert left.record(85)["calls"] == [*calls[:third], ["on_end", None]]
 
 
-def test_megatron_without_the_flag(tmp_path):
+def test_megatron_without_the_flag(start, tmp_path):
     """The checkpoint has the bytes that the released files give: weights, optimizer, arguments."""
     (installed,) = find_trees("megatron-core")
     released = replace(installed, root=tmp_path / "site")
@@ -114,30 +128,22 @@ def test_megatron_without_the_flag(tmp_path):
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     actions.revert(released)
-    runs = [
-        _megatron(0, cwd=tmp_path / "patched", megatron=None),
-        _megatron(0, cwd=tmp_path / "released", megatron=released.root),
-    ]
-    for run in runs:
-        _finish(run)
-    one, other = (tmp_path / name / "checkpoints/iter_0000004" for name in ("patched", "released"))
-    nothing = {"calls": [], "ours": []}
-    assert json.loads((tmp_path / "patched/record.json").read_text()) == nothing
-    (shard,) = one.glob("*.distcp")
-    assert shard.read_bytes() == (other / shard.name).read_bytes()
+    patched = start("patched", "record_megatron", *_megatron(0))
+    other = start("released", "record_megatron", *_megatron(0), megatron=released.root)
+    assert patched.record() == {"calls": [], "ours": []}
+    other.record()
+    last = "checkpoints/iter_0000004"
+    (shard,) = (patched.folder / last).glob("*.distcp")
+    assert shard.read_bytes() == (other.folder / last / shard.name).read_bytes()
 
 
-def test_deepspeed_calls_and_silence(tmp_path):
+def test_deepspeed_calls_and_silence(start):
     """With the key, in order; without it the same losses and nothing of ours imported."""
-    key = _start("record_deepspeed", "record.json", "saved", "any.yaml", cwd=tmp_path / "key")
-    none = _start("record_deepspeed", "record.json", "saved", cwd=tmp_path / "none")
-    _finish(key)
-    _finish(none)
-    with_key, without = (
-        json.loads((tmp_path / name / "record.json").read_text()) for name in ("key", "none")
-    )
+    with_key = start("key", "record_deepspeed", "saved", "any.yaml")
+    without = start("none", "record_deepspeed", "saved")
+    record = with_key.record()
     two_taps = [["tap", [6, 4]], ["tap", [6, 4]]]
-    assert with_key["calls"] == [
+    assert record["calls"] == [
         ["on_engine", "any.yaml"],
         *two_taps,
         ["on_step", 1, 2],
@@ -146,4 +152,4 @@ def test_deepspeed_calls_and_silence(tmp_path):
         ["on_step", 2, 4],
         ["on_load", 1, "saved/first/mp_rank_00_model_states.pt"],
     ]
-    assert without == {"calls": [], "losses": with_key["losses"], "ours": []}
+    assert without.record() == {"calls": [], "losses": record["losses"], "ours": []}
