@@ -90,8 +90,9 @@ class Config:
                     window,
                     f"multiples of interval ({self.interval}), since snapshots are taken there",
                 )
-        windows = self.monitors.attention_update.windows
-        self.recovery.check_quiet(self.detection.slowest_delay(self.interval, windows))
+        if self.recovery.mode == "rollback":
+            windows = self.monitors.attention_update.windows
+            self.recovery.check_quiet(self.detection.slowest_delay(self.interval, windows))
 
 
 def load(path: str | Path) -> Config:

@@ -1,8 +1,8 @@
 """What the patched Megatron calls, and nothing else.
 
 Each function stands behind one added line in Megatron (``docs/patches.md``) and is only reached
-with ``--mcore-monitors``. A user's mistake ends the start with one sentence and exit code 78; an
-error of ours at start-up turns monitoring off on all ranks together and lets training go on.
+with ``--mcore-monitors``. What can't be used ends the start with one sentence and an exit code of
+ours before anything is trained; after that no error of ours reaches the host.
 """
 
 from __future__ import annotations
