@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then
+if ! .venv/bin/python -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' >/dev/null 2>&1; then
     base=$(sh launch/find_python.sh)
     echo "Making .venv with $base"
     rm -rf .venv
