@@ -28,7 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder (run_dir of its settings)")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="run folder (run_dir of its settings)"
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="the page to write")
     parser.add_argument(
         "--compare",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ def speaking_signal(run: Run) -> str | None:
 
 def closer_window(run: Run) -> tuple[float, float] | None:
     """Return the iterations of a closer look at the first rollback; None where it adds nothing."""
-    for before, part in zip(run.parts, run.parts[1:]):
+    for before, part in pairwise(run.parts):
         if part.attempt > before.attempt:
             alarm, back = before.samples[-1].iteration, part.samples[0].first_step - 1
             width = max(alarm - back, 20)
@@ -110,9 +111,7 @@ def _speaking(axes: Axes, run: Run, others: Sequence[Run], signal: str) -> None:
     limit_line(axes, limit)
 
 
-def _all_values(
-    run: Run, others: Sequence[Run], signal: str, limit: float | None
-) -> np.ndarray:
+def _all_values(run: Run, others: Sequence[Run], signal: str, limit: float | None) -> np.ndarray:
     courses = [r.samples for r in (run, *others)] + run.abandoned
     found = [readings(samples, signal)[1].ravel() for samples in courses]
     return np.concatenate([*found, np.array([np.nan if limit is None else limit])])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
 from mcore_monitors.report.data import Run
+from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
 from mcore_monitors.report.story import against, layers_text, tell
 from mcore_monitors.report.svg import OTHERS
 from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from types import MappingProxyType
-from typing import Mapping
 
 import matplotlib
 from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def cost_text(run: Run) -> str:
     """Return what monitoring took of the training time, by the median sample."""
     times, costs = [], []
     for part in run.parts:
-        for before, sample in zip(part.samples, part.samples[1:]):
+        for before, sample in pairwise(part.samples):
             count = sample.iteration - before.iteration
             if count > 0 and sample.time > before.time:
                 times.append((sample.time - before.time) / count)

@@ -134,8 +134,13 @@ def rolled_back(folder: Path, status: str = DONE, sentence: str = "The kernel is
     for iteration, attempt, state in ((100, 0, "verified"), (200, 1, "pending")):
         ledger.enter(
             Checkpoint(
-                iteration=iteration, attempt=attempt, path=f"/ckpt/{iteration}", status=state,
-                written_at=1.7e9, consumed_samples=8 * iteration, digest="sha256:0",
+                iteration=iteration,
+                attempt=attempt,
+                path=f"/ckpt/{iteration}",
+                status=state,
+                written_at=1.7e9,
+                consumed_samples=8 * iteration,
+                digest="sha256:0",
             )  # fmt: skip
         )
     ledger.plans.append(plan(status))

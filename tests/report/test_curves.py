@@ -46,9 +46,7 @@ def test_readings_of_one_layer_and_with_gaps(tmp_path):
     samples[1].signals[make.DELTA2] = {2: [1.0, float("nan")]}
     at, values = readings(samples, make.DELTA2, 2)
     assert at.tolist() == [20, 30]
-    np.testing.assert_array_equal(
-        values, [[1.0, np.nan, np.nan, np.nan], [5.0, 6.0, 7.0, 8.0]]
-    )
+    np.testing.assert_array_equal(values, [[1.0, np.nan, np.nan, np.nan], [5.0, 6.0, 7.0, 8.0]])
 
 
 def test_of_many_layers_those_with_alarms_are_drawn(tmp_path):

@@ -67,9 +67,7 @@ def test_a_checkpoint_written_again_keeps_both_stories(rolled_back):
 
 
 def test_calm_run_has_a_calm_page(calm):
-    assert calm.headline == (
-        "A calm run up to iteration 300: no signal left its healthy course."
-    )
+    assert calm.headline == ("A calm run up to iteration 300: no signal left its healthy course.")
     assert ("header", {"class": "calm"}) in calm.tags
 
 
