@@ -51,6 +51,7 @@ def draw(folder: Path) -> Figure:
         raise MonitorsError(f"{recovered.path}: no fault, alarm and rollback in this run")
     injected = recovered.drills[0]["from_iteration"]
     alarm = recovered.first_alarms[0].iteration
+    first = FROM if FROM < recovered.plans[0].checkpoint_iteration else 0
     style = {"font.size": 11.5, "axes.spines.top": False, "axes.spines.right": False}
     colours = {"text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": "#b9c0ca"}
     ticks = {"xtick.color": "#b9c0ca", "ytick.color": "#b9c0ca"}
@@ -73,9 +74,9 @@ def draw(folder: Path) -> Figure:
             f" alarm at {alarm}", (alarm, 1.02), xycoords=("data", "axes fraction"),
             ha="left", va="bottom", color=ALARM, fontweight="bold",
         )  # fmt: skip
-        _loss(lower, recovered, healthy, alone, alarm)
+        _loss(lower, recovered, healthy, alone, alarm=alarm, first=first)
         last = max(run.last_iteration for run in (recovered, healthy, alone))
-        lower.set_xlim(FROM if FROM < injected else 0, last)
+        lower.set_xlim(first, last)
         lower.set_xlabel("iteration")
     return figure
 
@@ -103,7 +104,7 @@ def _residual(axes: Axes, recovered: Run, alone: Run) -> None:
     )
 
 
-def _loss(axes: Axes, recovered: Run, healthy: Run, alone: Run, alarm: int) -> None:
+def _loss(axes: Axes, recovered: Run, healthy: Run, alone: Run, *, alarm: int, first: int) -> None:
     def course(samples: list[Sample]) -> tuple[np.ndarray, np.ndarray]:
         x, y = steps(samples, "loss")
         return x, smooth(y, 25)
@@ -119,13 +120,11 @@ def _loss(axes: Axes, recovered: Run, healthy: Run, alone: Run, alarm: int) -> N
         x, y = course(left)
         style = {"color": LEFT, "linewidth": 2, "linestyle": (0, (3, 1.5))}
         axes.plot(x, y, label="abandoned by the rollback", **style)
-    x, y = steps(recovered.samples, "loss")
-    seen = np.concatenate(
-        [course(r.samples)[1][course(r.samples)[0] > FROM] for r in (recovered, alone)]
-    )
+    courses = [course(run.samples) for run in (recovered, alone)]
+    seen = np.concatenate([y[x > first] for x, y in courses])
     low, high = np.nanmin(seen), np.nanmax(seen)
     axes.set_ylim(low - 0.1 * (high - low), high + 0.12 * (high - low))
-    level = np.nanmax(course(recovered.samples)[1][back - 1 : alarm]) + 0.14 * (high - low)
+    level = np.nanmax(courses[0][1][max(0, back - 1) : alarm]) + 0.14 * (high - low)
     axes.annotate(
         "", (back, level - 0.08 * (high - low)), (alarm, level - 0.08 * (high - low)),
         arrowprops={"arrowstyle": "-|>,head_length=.55,head_width=.3", "color": ALARM,

@@ -20,7 +20,7 @@ _HEALTHY = {
     "drifts": "drifts slowly",
 }
 _WATCH = {
-    "limit": "a fixed limit above that floor",
+    "limit": "passing a fixed limit above that floor",
     "low": "a fall below its own recent band",
     "high": "a rise above its own recent band",
     "both": "leaving its own recent band on either side",
