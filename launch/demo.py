@@ -23,10 +23,13 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
+
+from mcore_monitors.sinks.history import HistoryWriter, effective_history
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -88,10 +91,11 @@ class Demo:
             self.folder / source / "checkpoints" / checkpoint, to / "checkpoints" / checkpoint
         )
         (to / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(str(BRANCH))
-        for line in (self.folder / source / "history.jsonl").read_text().splitlines():
-            if json.loads(line)["iteration"] <= BRANCH:
-                with (to / "history.jsonl").open("a") as history:
-                    history.write(line + "\n")
+        history = HistoryWriter(to)
+        for sample in effective_history(self.folder / source, upto=BRANCH):
+            # the beginning that all three share, without the rollback that one of them had
+            history.sample(replace(sample, attempt=0))
+        history.close()
 
     def run(self, name: str, config: Path, end: int) -> None:
         """Train to iteration ``end``; `mcore-monitors launch` starts it again after a rollback."""

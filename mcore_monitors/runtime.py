@@ -25,6 +25,8 @@ from .sample import Sample
 from .sinks import Sinks, effective_history
 
 _GO_ON = 0
+#: iterations back for which consumed samples are remembered
+_REMEMBERED = 10_000
 
 
 class Runtime:
@@ -62,6 +64,8 @@ class Runtime:
         self._steps: list[int] = []
         self._losses: list[torch.Tensor | float | None] = []
         self._grad_norms: list[float | None] = []
+        # An asynchronous save is finished many steps after the iteration that it holds.
+        self._consumed: dict[int, int] = {}
         self.state = StepState()
         self._arm(1)
         self._lay_out()
@@ -138,6 +142,8 @@ class Runtime:
         if (first - 1) // self.config.interval != (iteration - 1) // self.config.interval:
             # The host passed over the sampled iteration; its steps are lost to the history.
             self._steps, self._losses, self._grad_norms = [], [], []
+        self._consumed[iteration] = consumed_samples
+        self._consumed.pop(iteration - _REMEMBERED, None)
         self._steps.append(iteration)
         self._losses.append(loss if self._reports_loss else None)
         self._grad_norms.append(grad_norm)
@@ -311,7 +317,9 @@ class Runtime:
         try:
             self._act(
                 self.recovery.on_checkpoint(
-                    iteration=iteration, path=path, consumed_samples=consumed_samples
+                    iteration=iteration,
+                    path=path,
+                    consumed_samples=self._consumed.get(iteration, consumed_samples),
                 ),
                 iteration,
             )

@@ -63,7 +63,7 @@ def train(
         )
         for rank in range(processes)
     ]
-    outputs = [child.communicate(timeout=300)[0] for child in children]
+    outputs = [child.communicate(timeout=560)[0] for child in children]
     return max(child.returncode for child in children), "\n".join(outputs)
 
 

@@ -14,7 +14,7 @@ from ...config import Config, DrillConfig
 from ...errors import ConfigError, HostError
 from ...recovery import StartOrder
 from ...runtime import Runtime
-from ..attach import Progress, attach
+from ..attach import Progress, attach, say
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
 from .observed import AttentionTap, RouterTap
@@ -99,6 +99,11 @@ def _obey(
     """Pass over samples and apply the remedies that are in force."""
     # The sampler resumes at consumed_train_samples; raising it passes data over on every pipeline
     # stage alike and leaves the learning-rate schedule, which counts its own steps, where it was.
+    if order.pass_over_samples and getattr(args, "phase_transition_iterations", None):
+        say(
+            "the plan passes samples over, but with --phase-transition-iterations Megatron counts "
+            "data by iterations; they are trained on again"
+        )
     args.consumed_train_samples += order.pass_over_samples
     args.mcore_monitors_passed_over_samples = order.passed_over_total
     if order.remedy.attention == "safe":
