@@ -23,10 +23,9 @@ from .monitors.base import Monitor, StepState
 from .recovery import Action, Recovery
 from .sample import Sample
 from .sinks import Sinks, effective_history
+from .steps import StepLog
 
 _GO_ON = 0
-#: iterations back for which consumed samples are remembered
-_REMEMBERED = 10_000
 
 
 class Runtime:
@@ -58,22 +57,17 @@ class Runtime:
         self.judge, self.recovery, self.attempt = judge, recovery, attempt
         self.exit_code: int | None = None
         self._closed = False
-        self._device, self._reports_loss = device, reports_loss
+        self._device = device
         self._errors: dict[str, str] = {}
-        # The steps since the last sample; never more than one interval of them.
-        self._steps: list[int] = []
-        self._losses: list[torch.Tensor | float | None] = []
-        self._grad_norms: list[float | None] = []
-        # An asynchronous save is finished many steps after the iteration that it holds.
-        self._consumed: dict[int, int] = {}
+        self._steps = StepLog(
+            config.interval, loss=reports_loss, grad_norm=parallel.rank() == 0
+        )
         self.state = StepState()
         self._arm(1)
         self._lay_out()
 
     def _lay_out(self) -> None:
-        steps = (self.config.interval,)
-        schema: dict[str, tuple[int, ...]] = {"loss": steps, "loss_count": steps}
-        schema |= {"grad_norm": steps, "grad_norm_count": steps}
+        schema = self._steps.schema()
         for monitor in self.monitors:
             schema[f"{monitor.name}/errors"] = (1,)
             for name, shape in monitor.schema().items():
@@ -114,7 +108,7 @@ class Runtime:
 
         The judge goes through the history that led there, as if the run had never stopped.
         """
-        self._steps, self._losses, self._grad_norms = [], [], []
+        self._steps.clear()
         self._arm(iteration + 1)
         if self.judge is not None:
             self.judge.replay(effective_history(self.config.run_dir, upto=iteration))
@@ -138,15 +132,7 @@ class Runtime:
             learning_rate: of this step, or None.
             consumed_samples: sequences that training has consumed in total.
         """
-        first = self._steps[0] if self._steps else iteration
-        if (first - 1) // self.config.interval != (iteration - 1) // self.config.interval:
-            # The host passed over the sampled iteration; its steps are lost to the history.
-            self._steps, self._losses, self._grad_norms = [], [], []
-        self._consumed[iteration] = consumed_samples
-        self._consumed.pop(iteration - _REMEMBERED, None)
-        self._steps.append(iteration)
-        self._losses.append(loss if self._reports_loss else None)
-        self._grad_norms.append(grad_norm)
+        self._steps.add(iteration, loss, grad_norm, consumed_samples)
         if iteration % self.config.interval == 0:
             self._sample(iteration, learning_rate, consumed_samples)
         self._arm(iteration + 1)
@@ -154,7 +140,7 @@ class Runtime:
     def _sample(self, iteration: int, learning_rate: float | None, consumed: int) -> None:
         start = time.perf_counter()
         fields = self._packed.fields
-        self._write_steps(fields)
+        self._steps.write(fields)
         stuck = self._would_wait_for_a_failed_rank()
         for monitor in self.monitors:
             self._collect(monitor, iteration, fields, skip=monitor.name in stuck)
@@ -168,19 +154,7 @@ class Runtime:
         if self.config.recovery.mode == "rollback":
             decision = parallel.broadcast_code(decision, self._device)
         self.exit_code = decision or None
-        self._steps, self._losses, self._grad_norms = [], [], []
-
-    def _write_steps(self, fields: dict[str, torch.Tensor]) -> None:
-        """Put the steps since the last sample into the packed buffer, one slot a step."""
-        first = self._steps[0]
-        for step, loss, norm in zip(self._steps, self._losses, self._grad_norms, strict=True):
-            slot = step - first
-            if loss is not None:
-                fields["loss"][slot] += loss
-                fields["loss_count"][slot] += 1
-            if norm is not None and parallel.rank() == 0:
-                fields["grad_norm"][slot] += norm
-                fields["grad_norm_count"][slot] += 1
+        self._steps.clear()
 
     def _would_wait_for_a_failed_rank(self) -> set[str]:
         """Monitors whose ``collect`` waits for other ranks, one of which has failed already.
@@ -237,12 +211,6 @@ class Runtime:
         consumed: int,
         start: float,
     ) -> Sample:
-        def steps(name: str) -> list[float | None]:
-            values = reduced[name] / reduced[f"{name}_count"]
-            counted = reduced[f"{name}_count"] > 0
-            n = iteration - self._steps[0] + 1
-            return [v if c else None for v, c in zip(values.tolist()[:n], counted[:n], strict=True)]
-
         signals = {}
         for monitor in self.monitors:
             prefix = f"{monitor.name}/"
@@ -256,9 +224,9 @@ class Runtime:
             attempt=self.attempt,
             time=time.time(),
             consumed_samples=consumed,
-            first_step=self._steps[0],
-            loss=steps("loss"),
-            grad_norm=steps("grad_norm"),
+            first_step=self._steps.first,
+            loss=self._steps.read("loss", reduced),
+            grad_norm=self._steps.read("grad_norm", reduced),
             learning_rate=learning_rate,
             signals=signals,
             cost_seconds=time.perf_counter() - start,
@@ -319,7 +287,7 @@ class Runtime:
                 self.recovery.on_checkpoint(
                     iteration=iteration,
                     path=path,
-                    consumed_samples=self._consumed.get(iteration, consumed_samples),
+                    consumed_samples=self._steps.consumed_at(iteration, consumed_samples),
                 ),
                 iteration,
             )
