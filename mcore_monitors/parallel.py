@@ -81,13 +81,13 @@ def broadcast_code(code: int, device: torch.device) -> int:
     return int(carrier.item())
 
 
-def broadcast_text(text: str) -> str:
-    """Give every rank a short text of rank 0. For start-up only: it is slow at scale."""
-    if not in_use():
-        return text
-    carrier = [text]
-    dist.broadcast_object_list(carrier, src=0)
-    return carrier[0]
+def union_of_texts(texts: list[str]) -> list[str]:
+    """All ranks' texts, each once, the same list on every rank. For start-up only."""
+    gathered = [texts]
+    if in_use():
+        gathered = [[] for _ in range(world_size())]
+        dist.all_gather_object(gathered, texts)
+    return list(dict.fromkeys(text for part in gathered for text in part))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -42,7 +42,7 @@ def test_what_was_reduced_stays_while_the_buffer_starts_anew() -> None:
 def test_alone_nothing_is_sent() -> None:
     assert (parallel.rank(), parallel.world_size(), parallel.in_use()) == (0, 1, False)
     assert parallel.broadcast_code(85, CPU) == 85
-    assert parallel.broadcast_text("start") == "start"
+    assert parallel.union_of_texts(["b", "a", "b"]) == ["b", "a"]
     assert parallel.any_rank(True, CPU) and not parallel.any_rank(False, CPU)
     alone = GroupSum(None)
     assert alone.size == 1
@@ -70,7 +70,7 @@ def _talk(rank: int, world: int) -> dict:
     return {
         "rounds": rounds,
         "code": parallel.broadcast_code(85 if rank == 0 else rank, CPU),
-        "text": parallel.broadcast_text("from rank 0" if rank == 0 else "mine"),
+        "texts": parallel.union_of_texts(["on all", f"on {rank}"]),
         "last only": parallel.any_rank(rank == world - 1, CPU),
         "nobody": parallel.any_rank(False, CPU),
         "place": (parallel.rank(), parallel.world_size(), parallel.in_use()),
@@ -92,7 +92,7 @@ def test_ranks(world: int) -> None:
     assert all(r["rounds"] == results[0]["rounds"] for r in results)  # bit for bit on every rank
     for rank, result in enumerate(results):
         assert result["code"] == 85
-        assert result["text"] == "from rank 0"
+        assert result["texts"] == ["on all", *(f"on {r}" for r in range(world))]
         assert result["last only"] and not result["nobody"]
         assert result["place"] == (rank, world, True)
         assert result["sum"] == sum(range(1, world + 1))

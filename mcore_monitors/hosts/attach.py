@@ -112,14 +112,8 @@ def attach(
         wandb=parallel.rank() == wandb_rank,
     )
     judge = recovery = None
+    limits = _limits(config, model)
     if writes:
-        limits = {}
-        if model.sequence_length:  # a pipeline stage without attention knows it too
-            limits["attention/key_shift"] = key_shift_limit(
-                model.activation_dtype,
-                model.sequence_length,
-                tf32=model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-            )
         judge = Judge(config.detection, limits=limits)
         recovery = Recovery.open(config.run_dir, config.recovery)
     runtime = Runtime(
@@ -132,8 +126,10 @@ def attach(
         attempt=progress.attempt,
         reports_loss=progress.reports_loss,
     )
-    for sentence in dict.fromkeys(model.left_out):
-        say(f"left out: {sentence}.")
+    # each pipeline stage knows of its own layers only
+    for sentence in parallel.union_of_texts(model.left_out):
+        if writes:
+            say(f"left out: {sentence}.")
     runtime.event(
         "start",
         progress.iteration,
@@ -142,11 +138,26 @@ def attach(
         layers=model.layers,
         monitors=[m.name for m in monitors],
         mode=config.recovery.mode,
+        limits=limits,
         versions=versions,
     )
     if progress.iteration > 0:
         runtime.resume(progress.iteration)
     return runtime
+
+
+def _limits(config: Config, model: ModelView) -> dict[str, float]:
+    """The limits of conservation residuals: as set, else by number format and sequence length."""
+    if not model.sequence_length:
+        return {}
+    limit = config.detection.limit
+    if limit is None:
+        limit = key_shift_limit(
+            model.activation_dtype,
+            model.sequence_length,
+            tf32=model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        )
+    return {"attention/key_shift": limit}
 
 
 def check_run_dir(run_dir: str) -> None:

@@ -157,11 +157,12 @@ def log_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def limit_of(signal: str, runs: Sequence[Run]) -> float | None:
-    """Return the fixed limit of a signal, as an alarm of any of these runs recorded it."""
+    """Return the fixed limit of a signal, as any of these runs recorded it at its start."""
     for run in runs:
-        for group in run.alarms:
-            limit = group.worst.get("limit")
-            if group.signal == signal and isinstance(limit, (int, float)) and limit > 0:
+        for event in run.events:
+            limits = event.get("limits") if event["kind"] == "start" else None
+            limit = limits.get(signal) if isinstance(limits, dict) else None
+            if isinstance(limit, (int, float)) and limit > 0:
                 return float(limit)
     return None
 
@@ -197,13 +198,13 @@ def x_axis(axes: Axes, run: Run, others: Sequence[Run], ticks: int) -> None:
 def limit_line(axes: Axes, limit: float | None) -> None:
     """Draw a fixed limit, where there is one."""
     if limit is not None:
-        axes.axhline(limit, color=INK["alarm"], linewidth=1.0, linestyle=(0, (2, 2)), zorder=4)
+        axes.axhline(limit, color=INK["soft"], linewidth=1.0, linestyle=(0, (2, 2)), zorder=4)
         axes.annotate(
             f"limit {limit:.0e}".replace("e-0", "e-"),
             (0.005, limit),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
             textcoords="offset points",
-            color=INK["alarm"],
+            color=INK["soft"],
             fontsize=9.5,
         )

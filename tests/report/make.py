@@ -62,6 +62,7 @@ def start(iteration: int, attempt: int) -> dict:
     return {
         "kind": "start", "iteration": iteration, "attempt": attempt, "host": "megatron-core",
         "world_size": 2, "layers": 2, "monitors": [], "mode": "rollback", "versions": versions,
+        "limits": {KEY_SHIFT: 1e-5},
     }  # fmt: skip
 
 

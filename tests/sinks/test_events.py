@@ -9,7 +9,7 @@ from mcore_monitors.sinks.events import KINDS, EventFollower, EventReader, Event
 from tests.sinks.make import alarm, diagnosis, sample
 
 FROZEN = {
-    "start": {"world_size", "layers", "monitors", "mode", "host", "versions"},
+    "start": {"world_size", "layers", "monitors", "mode", "limits", "host", "versions"},
     "resume": {"from_iteration"},
     "drill": {"fault", "strength", "layers", "from_iteration"},
     "alarm": {
