@@ -17,7 +17,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -92,6 +95,17 @@ def shares(blocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return result
 
 
+def made_by() -> dict[str, Any]:
+    """What a kept result has to say about its origin."""
+    return {
+        "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+        "seed": "Megatron's default, 1234",
+        "date": datetime.now(UTC).date().isoformat(),
+        "cores": os.cpu_count(),
+        "versions": {n: version(n) for n in ("mcore-monitors", "megatron-core", "torch")},
+    }
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -113,7 +127,8 @@ def main() -> None:
         print(f"{name.removeprefix('share_'):16}{100 * row['share']:17.2f}%{interval:>24}")
     if arguments.json:
         result = {name: row["share"] for name, row in table.items()}
-        result |= {"interval": table, "step_seconds": step, "blocks": blocks}
+        result |= {"shares_with_interval": table, "step_seconds": step, "blocks": blocks}
+        result |= {"made_by": made_by()}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
