@@ -17,7 +17,7 @@ test: $(STAMP)
 	$(PYTHON) -m pytest
 
 demo: $(STAMP)
-	$(PYTHON) launch/demo.py --seed $(SEED)
+	$(PYTHON) -W ignore launch/demo.py --seed $(SEED)
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .ruff_cache
