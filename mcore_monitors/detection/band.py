@@ -18,6 +18,9 @@ samples, on the transformed scale of :mod:`.transforms`. Why it is built this wa
   a slow fault is not taken for the new normal while it grows.
 * *The spread is never below that of its neighbours.* Twenty overlapping windows make a rough
   spread; where a layer has four or more units, theirs is pooled (the median over the units).
+* *The layer's mean is a cell too*, over four or more units on the transformed scale: a fault that
+  takes all heads of a layer down a little is out of their common band long before it is out of any
+  one head's, whose own wandering is several times as wide.
 * *A deviation must also be large*, not only significant (``Scale.least``).
 * *Weights and activations of the router only warn* until the deviation is extreme, because they
   move for harmless reasons too: data, a schedule, the balance loss.
@@ -71,8 +74,10 @@ def _median(rows: np.ndarray) -> np.ndarray:
 class _Layer:
     """State of one signal in one layer; arrays have shape [n], n the layer's units."""
 
-    def __init__(self, signal: str, layer: int, n: int, config: DetectionConfig) -> None:
-        self.signal, self.layer, self.config = signal, layer, config
+    def __init__(
+        self, signal: str, layer: int, n: int, config: DetectionConfig, *, whole: bool = False
+    ) -> None:
+        self.signal, self.layer, self.config, self.whole = signal, layer, config, whole
         self.info: SignalInfo = SIGNALS[base_name(signal)]
         self.scale = scale_of(self.info.name)
         self.reference = np.full((n, config.reference), np.nan)
@@ -184,14 +189,14 @@ class _Layer:
         return Alarm(
             signal=self.signal,
             layer=self.layer,
-            unit=None if self.info.unit == "layer" else unit,
+            unit=None if self.whole or self.info.unit == "layer" else unit,
             iteration=iteration,
             onset_iteration=int(self.onset[unit]),
             severity=severity,
             rule="band",
             value=float(value),
             band={"median": inverse(centre), "low": low, "high": high, "z": float(z)},
-            evidence=f"{value:.3g} is {edge}, the edge of the run's own recent band around "
+            evidence=f"{'the mean over the layer, ' if self.whole else ''}{value:.3g}, is {edge}, the edge of the run's own recent band around "
             f"{inverse(centre):.3g} (z {z:+.1f}, {int(self.streak[unit])} samples in a row)",
         )
 
@@ -212,7 +217,7 @@ class BandRule:
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
-        self._layers: dict[tuple[str, int], _Layer] = {}
+        self._layers: dict[tuple[str, int, bool], _Layer] = {}
         self._learning_rate: float | None = None
         self.judged: set[str] = set()
         """Signals (without windows) that have been judged so far."""
@@ -229,13 +234,25 @@ class BandRule:
                 continue
             for layer in sorted(sample.signals[signal]):
                 values = np.asarray(sample.signals[signal][layer], dtype=float)
-                state = self._layers.get((signal, layer))
-                if state is None or state.reference.shape[0] != len(values):
-                    state = _Layer(signal, layer, len(values), self.config)
-                    self._layers[signal, layer] = state
-                alarms += state.update(sample.iteration, values)
-                if state.judged:
-                    self.judged.add(info.name)
+                alarms += self._judge(sample.iteration, signal, layer, values)
+                if len(values) >= _LEAST_POOL and np.isfinite(values).all():
+                    scale = scale_of(info.name)
+                    mean = scale.inverse(float(scale.forward(values).mean()))
+                    whole = np.array([mean])
+                    alarms += self._judge(sample.iteration, signal, layer, whole, whole=True)
+        return alarms
+
+    def _judge(
+        self, iteration: int, signal: str, layer: int, values: np.ndarray, *, whole: bool = False
+    ) -> list[Alarm]:
+        key = (signal, layer, whole)
+        state = self._layers.get(key)
+        if state is None or state.reference.shape[0] != len(values):
+            state = _Layer(signal, layer, len(values), self.config, whole=whole)
+            self._layers[key] = state
+        alarms = list(state.update(iteration, values))
+        if state.judged:
+            self.judged.add(base_name(signal))
         return alarms
 
     def active(self) -> list[Alarm]:
