@@ -1,11 +1,11 @@
 """The demo's result: what was injected, who saw it when, and where the run ended.
 
-The published loss and gradient-norm rules fire now and then in healthy training too, ZClip on
-several steps in a hundred. The healthy run has the same weights and data up to the fault, so a rule
-has seen the fault at the first step at which it fires in the faulty run and not in the healthy one.
-That reading needs the twin; what a rule could say without one is in the summary too: its first
-firing at all, and the first time that it fires more densely than ever in health
-(:func:`mcore_monitors.detection.baselines.first_alarm`).
+The published loss and gradient-norm rules clip or skip single steps, and fire in healthy training
+too: ZClip on one step in twenty. Read as an alarm, a rule alarms when it fires more densely than it
+ever did in the healthy run, that is with no false alarm there
+(:func:`mcore_monitors.detection.baselines.first_alarm`). The summary has two more readings beside
+it: the first firing after the injection at all, and the first one that the healthy run, on the same
+data, does not have; both are the rule's noise as much as the fault.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def summarise(folder: Path, *, injected_at: int, seconds: float) -> dict[str, An
     ]
     fires = scan(*per_step(runs["left-alone"]))
     calm = scan(*per_step(runs["healthy"]))
-    seen, first_firing, denser, healthy_firings = {}, {}, {}, {}
+    alarmed, first_firing, not_in_twin, healthy_firings = {}, {}, {}, {}
     for rule in RULES:
         healthy = [i for i in calm[rule] if i > WARM_UP]
         since = [i for i in fires[rule] if i >= injected_at]
-        seen[rule] = next((i for i in since if i not in healthy), None)
+        alarmed[rule] = first_alarm(fires[rule], injected_at - 1, healthy)
         first_firing[rule] = since[0] if since else None
-        denser[rule] = first_alarm(fires[rule], injected_at - 1, healthy)
+        not_in_twin[rule] = next((i for i in since if i not in healthy), None)
         healthy_firings[rule] = len(healthy)
     end = runs["healthy"][-1].iteration
     return {
@@ -75,9 +75,9 @@ def summarise(folder: Path, *, injected_at: int, seconds: float) -> dict[str, An
         "alarm_signal": first and first["signal"],
         "diagnosis": diagnosis and diagnosis["cause"],
         "delta2_alarm_at": min((e["iteration"] for e in unattended), default=None),
-        "baselines": seen,
+        "baselines": alarmed,
         "baselines_first_firing": first_firing,
-        "baselines_denser_than_in_health": denser,
+        "baselines_first_not_in_healthy_run": not_in_twin,
         "baselines_healthy_firings": healthy_firings,
         "rolled_back_to": rollback and rollback["plan"]["checkpoint_iteration"],
         "final_iteration": end,
@@ -111,7 +111,7 @@ def print_table(summary: dict[str, Any]) -> None:
     for rule, iteration in summary["baselines"].items():
         calm = summary["baselines_healthy_firings"][rule]
         note = f"; it fires {calm} times in the healthy run" if calm else ""
-        rows.append((f"  {rule} sees it at", after(iteration) + note))
+        rows.append((f"  {rule} alarm at", after(iteration) + note))
     rows.append(
         (
             "  its loss in the end",
