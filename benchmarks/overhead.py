@@ -4,9 +4,11 @@
 
 Trains the demo's model with the real Megatron-core in two processes and changes, every interval of
 ten steps, which monitors are on: none, all, attention updates, router, conservation residuals, and
-round again. A block holds one sample, as a run at interval 10 does. A mode's share of a step is
-(median block time of the mode) / (median block time with none) − 1, so that a machine that slows
-down for a while slows all modes alike. The interval between medians is from 1,000 bootstrap draws.
+round again. A block holds one sample, as a run at interval 10 does. The time of a mode is nine times
+the median of its steps without a sample and once the median of its steps with one, over all its
+blocks, and its share (time of the mode) / (time with none) − 1: a machine that slows down for a
+while slows all modes alike, and a single hiccup moves no median. The 95% interval is from 1,000
+bootstrap draws over rounds.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from overhead_worker import MODES  # noqa: E402
 INTERVAL = 10
 
 
-def run(rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Train and return the block times in seconds of each mode, the first two rounds left out."""
+def run(rounds: int, folder: Path) -> np.ndarray:
+    """Train and return the seconds of every step [round, mode, step], two first rounds left out."""
     import text
     from demo_model import MEGATRON_ARGUMENTS
 
@@ -71,24 +73,26 @@ def run(rounds: int, folder: Path) -> dict[str, list[float]]:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     if code:
         sys.exit(log.read_text()[-3000:])
-    steps = np.array(json.loads(times.read_text())).reshape(-1, len(MODES), INTERVAL)
-    blocks = steps[2:].sum(axis=2)
-    return {mode: blocks[:, i].tolist() for i, mode in enumerate(MODES)}
+    return np.array(json.loads(times.read_text())).reshape(-1, len(MODES), INTERVAL)[2:]
 
 
-def shares(blocks: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Share of a step that each mode costs, with a 95% bootstrap interval."""
-    random = np.random.default_rng(0)
-    off = np.array(blocks["off"])
+def block_time(steps: np.ndarray) -> np.ndarray:
+    """Time of a block from steps [..., round, step]: sampled and other steps by their medians."""
+    others = np.median(steps[..., :-1].reshape(*steps.shape[:-2], -1), axis=-1)
+    return (INTERVAL - 1) * others + np.median(steps[..., -1], axis=-1)
+
+
+def shares(steps: np.ndarray) -> dict[str, dict[str, float]]:
+    """Share of a step that each mode costs, with a 95% bootstrap interval over rounds."""
+    draws = np.random.default_rng(0).integers(0, len(steps), (1000, len(steps)))
+    off, drawn_off = block_time(steps[:, 0]), block_time(steps[:, 0][draws])
     result = {}
-    for mode, times in blocks.items():
+    for i, mode in enumerate(MODES):
         if mode == "off":
             continue
-        on = np.array(times)
-        draws = random.integers(0, len(off), (1000, len(off)))
-        ratios = np.median(on[draws], axis=1) / np.median(off[draws], axis=1) - 1
+        ratios = block_time(steps[:, i][draws]) / drawn_off - 1
         result[f"share_{mode}"] = {
-            "share": float(np.median(on) / np.median(off) - 1),
+            "share": float(block_time(steps[:, i]) / off - 1),
             "low": float(np.quantile(ratios, 0.025)),
             "high": float(np.quantile(ratios, 0.975)),
         }
@@ -117,9 +121,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        blocks = run(arguments.rounds, Path(folder))
-    table = shares(blocks)
-    step = float(np.median(blocks["off"]) / INTERVAL)
+        steps = run(arguments.rounds, Path(folder))
+    table = shares(steps)
+    step = float(block_time(steps[:, 0]) / INTERVAL)
     print(f"\none step without monitors: {1000 * step:.1f} ms ({arguments.rounds} blocks a mode)\n")
     print(f"{'monitors':16}{'share of a step':>18}{'95% interval':>24}")
     for name, row in table.items():
@@ -127,9 +131,10 @@ def main() -> None:
         print(f"{name.removeprefix('share_'):16}{100 * row['share']:17.2f}%{interval:>24}")
     if arguments.json:
         result = {name: row["share"] for name, row in table.items()}
-        result |= {"shares_with_interval": table, "step_seconds": step, "blocks": blocks}
+        result |= {"shares_with_interval": table, "step_seconds": step}
+        result["steps"] = {mode: steps[:, i].round(5).tolist() for i, mode in enumerate(MODES)}
         result |= {"made_by": made_by()}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
