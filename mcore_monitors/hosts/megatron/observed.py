@@ -66,7 +66,7 @@ class AttentionTap:
 def observed_router(parent: type) -> type:
     """Subclass of a Megatron router class that hands its logits to a tap."""
 
-    class Observed(parent):  # type: ignore[misc, valid-type]
+    class Observed(parent):
         mcore_monitors_tap: RouterTap | None = None
 
         def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def observed_router(parent: type) -> type:
 def observed_attention(parent: type) -> type:
     """Subclass of a Megatron core-attention class with a tap on dK and a choice of kernel."""
 
-    class Observed(parent):  # type: ignore[misc, valid-type]
+    class Observed(parent):
         mcore_monitors_tap: AttentionTap | None = None
 
         def forward(
