@@ -8,7 +8,6 @@ all.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from . import parallel
 from .config import Config
 from .detection.judge import Judge
 from .errors import EXIT_GAVE_UP, EXIT_ROLLBACK, MonitorsError
+from .messages import say
 from .monitors.base import Monitor, StepState
 from .recovery import Action, Recovery
 from .sample import Sample
@@ -191,11 +191,11 @@ class Runtime:
             count = int(reduced[f"{monitor.name}/errors"].item())
             error = self._errors.get(monitor.name, "see the other ranks' output")
             text = (
-                f"mcore-monitors: monitor {monitor.name!r} failed on {count} rank(s) at iteration "
+                f"monitor {monitor.name!r} failed on {count} rank(s) at iteration "
                 f"{iteration} and is off on all ranks from now on; training goes on. {error}"
             )
             if monitor.name in self._errors or parallel.rank() == 0:
-                print(text, file=sys.stderr, flush=True)
+                say(text)
             self.event("monitor_disabled", iteration, monitor=monitor.name, error=error)
         self.monitors = [m for m in self.monitors if m not in failed]
         if self.config.strict:
@@ -250,21 +250,17 @@ class Runtime:
             return self._act(action, sample.iteration)
         except OSError as error:
             # The ledger could not be written, so nothing was decided; the next sample tries again.
-            print(
-                f"mcore-monitors: no decision at iteration {sample.iteration}, the run folder "
-                f"could not be written: {error}. Trying again at the next sample.",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"no decision at iteration {sample.iteration}, the run folder "
+                f"could not be written: {error}. Trying again at the next sample."
             )
             return _GO_ON
         except Exception as error:  # judging never breaks a run
             self.judge = None
             text = f"{type(error).__name__}: {error}"
-            print(
-                f"mcore-monitors: detection failed at iteration {sample.iteration} and is off from "
-                f"now on; training and recording go on. {text}",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"detection failed at iteration {sample.iteration} and is off from "
+                f"now on; training and recording go on. {text}"
             )
             self.event("monitor_disabled", sample.iteration, monitor="detection", error=text)
             return _GO_ON
@@ -273,9 +269,9 @@ class Runtime:
         for kind, record in action.events:
             self.event(kind, iteration, **record)
         if action.kind == "notify" and action.diagnosis is not None:
-            print(f"mcore-monitors: {action.diagnosis.sentence}", file=sys.stderr, flush=True)
+            say(action.diagnosis.sentence)
         elif action.kind == "gave_up":
-            print(f"mcore-monitors: GAVE UP. {action.reason}", file=sys.stderr, flush=True)
+            say(f"GAVE UP. {action.reason}")
         return {"rollback": EXIT_ROLLBACK, "gave_up": EXIT_GAVE_UP}.get(action.kind, _GO_ON)
 
     def on_checkpoint(self, iteration: int, path: str, consumed_samples: int) -> None:
@@ -292,11 +288,9 @@ class Runtime:
                 iteration,
             )
         except Exception as error:  # a full disk under the run folder must not stop training
-            print(
-                f"mcore-monitors: checkpoint {iteration} could not be entered into the ledger and "
-                f"will not be used for a rollback. {error}",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"checkpoint {iteration} could not be entered into the ledger and "
+                f"will not be used for a rollback. {error}"
             )
 
     def event(self, kind: str, iteration: int, **fields: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from .. import parallel
 from ..config import Config
 from ..detection.judge import Judge
 from ..errors import ConfigError
+from ..messages import say
 from ..monitors.attention_update import AttentionUpdateMonitor
 from ..monitors.base import Monitor
 from ..monitors.conservation import ConservationMonitor
@@ -174,8 +174,3 @@ def check_run_dir(run_dir: str) -> None:
         raise ConfigError(
             "run_dir", run_dir, "a folder that this user may write", f"{error.strerror}."
         ) from None
-
-
-def say(text: str) -> None:
-    """One line for the person who watches the run's output."""
-    print(f"mcore-monitors: {text}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mcore_monitors.messages import say
 from mcore_monitors.sample import Sample
 from mcore_monitors.sinks.events import EventFollower, EventWriter, stamp
 from mcore_monitors.sinks.history import HistoryWriter, effective_history
@@ -85,11 +86,6 @@ class Sinks:
                 traceback.print_exc(file=sys.stderr)
                 fields = {"monitor": f"sinks/{name}", "error": why}
                 self.event({"kind": "monitor_disabled", **self._at, **fields})
-
-
-def say(text: str) -> None:
-    """Print one message of the sinks on standard error."""
-    print(f"mcore-monitors: {text}", file=sys.stderr, flush=True)
 
 
 def open_sinks(config: Config, *, local: bool, wandb: bool, wandb_run: Any = None) -> Sinks:

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+from mcore_monitors.files import write_atomically
 from mcore_monitors.sample import SIGNALS, Sample, base_name
 from mcore_monitors.sinks.config import WandbConfig
 from mcore_monitors.sinks.summary import largest, mean, spread
@@ -241,9 +242,7 @@ def _stable_id(run_dir: Path) -> str:
         if known:
             return known
     identity = secrets.token_hex(4)
-    new = path.with_suffix(".new")
-    new.write_text(identity + "\n")
-    os.replace(new, path)
+    write_atomically(path, identity + "\n")
     return identity
 
 

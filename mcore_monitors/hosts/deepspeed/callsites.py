@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from ... import __version__
 from ...config import Config, from_dict
 from ...errors import EXIT_BAD_CONFIG, ConfigError, HostError, MonitorsError
+from ...messages import say
 from ...parallel import GroupSum
 from ...runtime import Runtime
 from ..attach import Progress, attach, check_run_dir
@@ -96,7 +97,7 @@ def on_engine(engine: Any) -> None:
         ours = _start(engine)
     except MonitorsError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"mcore-monitors: {error}", file=sys.stderr, flush=True)
+            say(str(error))
         sys.exit(EXIT_BAD_CONFIG)
     setattr(engine, _OURS, ours)
     backward = engine.backward

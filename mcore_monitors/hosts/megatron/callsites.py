@@ -16,6 +16,7 @@ import torch
 
 from ...config import Config, load
 from ...errors import EXIT_BAD_CONFIG, MonitorsError
+from ...messages import say
 from ...recovery import StartOrder, resolve_start
 from ...runtime import Runtime
 from ..attach import check_run_dir
@@ -36,7 +37,7 @@ _run = _Run()
 
 def _refuse(error: MonitorsError) -> None:
     if int(os.environ.get("RANK", "0")) == 0:  # before the process groups exist, too
-        print(f"mcore-monitors: {error}", file=sys.stderr, flush=True)
+        say(str(error))
     sys.exit(getattr(error, "exit_code", EXIT_BAD_CONFIG))
 
 

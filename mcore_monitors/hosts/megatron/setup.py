@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -12,9 +11,10 @@ from megatron.training import get_args, get_wandb_writer
 from ... import __version__, parallel
 from ...config import Config, DrillConfig
 from ...errors import ConfigError, HostError
+from ...messages import say
 from ...recovery import StartOrder
 from ...runtime import Runtime
-from ..attach import Progress, attach, say
+from ..attach import Progress, attach
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
 from .observed import AttentionTap, RouterTap
@@ -159,19 +159,15 @@ def _start_drill(drill: DrillConfig, model: MegatronModel, runtime: Runtime) -> 
         from_iteration=drill.from_iteration,
     )
     if parallel.rank() == 0:
-        print(
-            f"mcore-monitors: DRILL: {drill.fault} of strength {drill.strength} in layers {layers} "
-            f"from iteration {drill.from_iteration} on. This run is being damaged on purpose.",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"DRILL: {drill.fault} of strength {drill.strength} in layers {layers} "
+            f"from iteration {drill.from_iteration} on. This run is being damaged on purpose."
         )
 
 
 def _warn_of_graphs(config: Any) -> None:
     if getattr(config, "cuda_graph_impl", "none") != "none" and parallel.rank() == 0:
-        print(
-            "mcore-monitors: CUDA graphs are on; Python hooks do not run in their replay, so "
-            "routing entropy and the key shift are missing. Signals from weights are complete.",
-            file=sys.stderr,
-            flush=True,
+        say(
+            "CUDA graphs are on; Python hooks do not run in their replay, so "
+            "routing entropy and the key shift are missing. Signals from weights are complete."
         )
