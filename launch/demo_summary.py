@@ -13,8 +13,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mcore_monitors.catalogue import base_name
 from mcore_monitors.detection.baselines import RULES, first_alarm, scan
-from mcore_monitors.sample import Sample, base_name
+from mcore_monitors.sample import Sample
 from mcore_monitors.sinks.events import EventReader
 from mcore_monitors.sinks.history import effective_history
 

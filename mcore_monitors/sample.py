@@ -1,4 +1,4 @@
-"""One sample: what the monitors read at one iteration, and the names a signal may have.
+"""One sample: what the monitors read at one iteration, as every reader sees it.
 
 A sample is made once per interval, after the reduction over ranks, and is what detection judges and
 what every sink writes. This module imports neither torch nor a host, so that a recorded run can be
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from mcore_monitors.errors import MonitorsError
@@ -19,101 +18,6 @@ from mcore_monitors.errors import MonitorsError
 RECORD_VERSION = 1
 #: Significant digits kept in a record: what fp32 can hold, and lines stay short.
 RECORD_DIGITS = 7
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignalInfo:
-    """What a signal measures and how to read it."""
-
-    name: str
-    """Name without a window, e.g. ``attention/delta2_effective_rank``."""
-    family: str
-    """``weights``, ``activations`` or ``conservation``."""
-    unit: str
-    """What one value of a layer stands for: ``head``, ``query group`` or ``layer``."""
-    healthy: str
-    """Course in a healthy run: ``stable``, ``drifts`` or ``low`` (at the round-off floor)."""
-    watch: str
-    """Side that speaks for a fault: ``low``, ``high``, ``both``, or ``limit`` (a fixed limit)."""
-    formula: str
-    """The definition, in one line."""
-    source: str
-    """Paper, equation or derivation."""
-
-
-_MDM = "arXiv 2606.28116 (Mechanism-Driven Monitors)"
-
-#: Every signal there is, by base name. Frozen: dashboards and recorded runs rely on these names.
-SIGNALS: Mapping[str, SignalInfo] = MappingProxyType(
-    {
-        info.name: info
-        for info in (
-            SignalInfo(
-                name="attention/key_shift",
-                family="conservation",
-                unit="query group",
-                healthy="low",
-                watch="limit",
-                formula="mean over sequences of ‖Σ_j dK_j‖ / Σ_j ‖dK_j‖ (no unit; exactly 0 in "
-                "exact arithmetic, because softmax ignores one vector added to all keys)",
-                source="own derivation from the softmax Jacobian; what breaks it: arXiv 2510.04212",
-            ),
-            SignalInfo(
-                name="attention/delta2_effective_rank",
-                family="weights",
-                unit="head",
-                healthy="stable",
-                watch="low",
-                formula="exp(−Σ p ln p), p_i = s_i²/Σ s_j² over the singular values s of "
-                "ΔW_q W_kᵀ + W_q ΔW_kᵀ; Δ over W iterations (from 1 to 2 × head dimension)",
-                source=f"{_MDM}, first-order attention update",
-            ),
-            SignalInfo(
-                name="router/weight_similarity",
-                family="weights",
-                unit="layer",
-                healthy="drifts",
-                watch="both",
-                formula="mean over expert pairs i ≠ j of cos(w_i, w_j), w the router's rows "
-                "(from −1/(E − 1) to 1)",
-                source=f"{_MDM}, equation 7",
-            ),
-            SignalInfo(
-                name="router/centred_conditioning",
-                family="weights",
-                unit="layer",
-                healthy="drifts",
-                watch="both",
-                formula="max_i ‖w_i − w̄‖ / ‖w̄‖; small means that the common mode dominates",
-                source=_MDM,
-            ),
-            SignalInfo(
-                name="router/routing_entropy",
-                family="activations",
-                unit="layer",
-                healthy="drifts",
-                watch="both",
-                formula="mean over tokens of −Σ_e p_e ln p_e, p over all experts before top-k "
-                "(nats, from 0 to ln E)",
-                source=f"{_MDM}, equation 8",
-            ),
-            SignalInfo(
-                name="router/routing_entropy_normalised",
-                family="activations",
-                unit="layer",
-                healthy="drifts",
-                watch="both",
-                formula="routing entropy divided by ln E (from 0 to 1)",
-                source=f"{_MDM}, equation 8",
-            ),
-        )
-    }
-)
-
-
-def base_name(signal: str) -> str:
-    """Return a signal's name without its window: ``a/b@50`` gives ``a/b``."""
-    return signal.split("@", 1)[0]
 
 
 def _finite(value: float | None) -> float | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -54,6 +55,43 @@ class RouterView:
     #: returns ``W_R`` [E, D]; None where no rank holds it whole
     read: Callable[[], torch.Tensor] | None
     replica: Replica = field(default_factory=Replica)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One call of an attention kernel as its border shows it: what goes in and what comes out.
+
+    The tensors are those of the graph, in the host's own layout: hook *them* to get gradients, and
+    bring tensors and gradients alike to [S, B, heads, channels] with :meth:`arranged`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    #: query heads ``H`` and query groups ``G`` of this rank
+    heads: int
+    groups: int
+    #: order of the dimensions; heads and channels may be merged. ``thd`` is packed: [T, heads, d]
+    layout: Literal["sbhd", "bhsd", "bshd", "thd"]
+    #: the host's description of packed sequences, or None
+    packed: Any = None
+
+    def arranged(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        """A tensor of this call, or its gradient, as [S, B, heads, channels]; a view.
+
+        Args:
+            x: query, key, value, output or a gradient of one of them.
+            heads: ``self.heads`` for query and output, ``self.groups`` for key and value.
+        """
+        if self.layout == "bhsd":
+            return x.permute(2, 0, 1, 3)
+        merged = 2 if self.layout == "thd" else 3
+        if x.dim() == merged:
+            x = x.unflatten(-1, (heads, -1))
+        if self.layout == "thd":
+            return x.unsqueeze(1)
+        return x.transpose(0, 1) if self.layout == "bshd" else x
 
 
 @dataclass(kw_only=True)

@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.errors import MonitorsError
-from mcore_monitors.sample import SIGNALS, Sample, base_name
+from mcore_monitors.sample import Sample
 from tests.sinks.make import sample
 
 RECORD_FIELDS = [

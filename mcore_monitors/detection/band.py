@@ -39,10 +39,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mcore_monitors.catalogue import SIGNALS, SignalInfo, base_name
 from mcore_monitors.detection.alarm import CRITICAL, WARNING, Alarm
 from mcore_monitors.detection.config import LEAST_REFERENCE, DetectionConfig
 from mcore_monitors.detection.transforms import scale_of
-from mcore_monitors.sample import SIGNALS, Sample, SignalInfo, base_name
+from mcore_monitors.sample import Sample
 
 #: Normal consistency: the standard deviation of a Gaussian is this many times its MAD.
 _MAD_TO_SIGMA = 1.4826
@@ -230,7 +231,7 @@ class BandRule:
         alarms: list[Alarm] = []
         for signal in sorted(sample.signals):
             info = SIGNALS.get(base_name(signal))
-            if info is None or info.watch == "limit":
+            if info is None or info.watch in ("limit", "record"):
                 continue
             for layer in sorted(sample.signals[signal]):
                 values = np.asarray(sample.signals[signal][layer], dtype=float)

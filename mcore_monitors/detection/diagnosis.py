@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.detection.alarm import CRITICAL, WARNING, Alarm, Diagnosis
-from mcore_monitors.sample import SIGNALS, base_name
 
 _RESIDUAL, _SPECTRUM, _ROUTER, _TRAINING, _OTHER = (
     "residual",

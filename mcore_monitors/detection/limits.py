@@ -14,9 +14,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.detection.alarm import CRITICAL, Alarm
 from mcore_monitors.detection.config import DetectionConfig
-from mcore_monitors.sample import SIGNALS, Sample, base_name
+from mcore_monitors.sample import Sample
 
 #: Samples in a row over the limit that make an alarm.
 SUSTAIN_LIMIT = 2

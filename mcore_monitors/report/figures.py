@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.report.curves import (
     band,
     fit_window,
@@ -23,7 +24,6 @@ from mcore_monitors.report.curves import (
 from mcore_monitors.report.data import Run, readings, steps
 from mcore_monitors.report.lanes import draw_lanes
 from mcore_monitors.report.svg import drawing, inline
-from mcore_monitors.sample import SIGNALS, base_name
 
 #: Layers of one signal that are drawn, those with alarms first.
 LAYERS = 8

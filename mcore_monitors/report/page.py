@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.report.data import Run
 from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
 from mcore_monitors.report.story import against, layers_text, tell
 from mcore_monitors.report.svg import OTHERS
 from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table
-from mcore_monitors.sample import SIGNALS, base_name
 
 #: In how a signal runs when all is well, and on which side a fault shows.
 _HEALTHY = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.errors import EXIT_ROLLBACK
 from mcore_monitors.recovery.ledger import APPLIED, DONE, FAILED, PLANNED
 from mcore_monitors.report.data import AlarmGroup, Run, steps
-from mcore_monitors.sample import SIGNALS, base_name
 from mcore_monitors.sinks.wording import alarm_text, number, plan_text
 
 #: Steps over which two runs are compared.

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from mcore_monitors.sample import SIGNALS, Sample, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name
+from mcore_monitors.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)

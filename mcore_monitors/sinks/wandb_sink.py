@@ -21,8 +21,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.files import write_atomically
-from mcore_monitors.sample import SIGNALS, Sample, base_name
+from mcore_monitors.sample import Sample
 from mcore_monitors.sinks.config import WandbConfig
 from mcore_monitors.sinks.summary import largest, mean, spread
 from mcore_monitors.sinks.wording import event_text

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mcore_monitors.sample import SIGNALS, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name
 
 _COMMON = {"v", "time", "kind", "iteration", "attempt"}
 

@@ -19,7 +19,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 
 from ...errors import HostError
-from .observed import observed_attention, observed_router
+from .observed_attention import observed_attention
+from .observed_router import observed_router
 
 _OBSERVERS: dict[str, Callable[[type], type]] = {
     "router": observed_router,

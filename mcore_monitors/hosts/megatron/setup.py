@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from ...errors import ConfigError, HostError
 from ...messages import say
 from ...recovery import StartOrder
 from ...runtime import Runtime
+from ...views import AttentionCall
 from ..attach import Progress, attach
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
-from .observed import AttentionTap, RouterTap
+from .observed_attention import AttentionTap
+from .observed_router import RouterTap
 
 
 def set_up(
@@ -79,18 +83,22 @@ def _check_start(order: StartOrder | None, args: Any) -> None:
 def _tap(runtime: Runtime, model: MegatronModel) -> None:
     by_name = {m.name: m for m in runtime.monitors}
     router, conservation = by_name.get("router"), by_name.get("conservation")
-    if router is not None:
-        for layer, module in model.routers.items():
+    for layer, module in model.routers.items():
+        module.mcore_monitors_tap = RouterTap()
+        if router is not None:
             hook = runtime.guarded(router, router.on_logits)
-            module.mcore_monitors_tap = RouterTap(
-                lambda logits, padding, hook=hook, layer=layer: hook(layer, logits, padding)
-            )
+            module.mcore_monitors_tap.listeners.append(partial(hook, layer))
     for layer, module in model.attentions.items():
         tap = AttentionTap(runtime.state)
         if conservation is not None and layer in model.view.key_shift:
             hook = runtime.guarded(conservation, conservation.on_key_gradient)
-            tap.on_key_gradient = lambda grad, hook=hook, layer=layer: hook(layer, grad)
+            tap.listeners.append(partial(_hook_key, partial(hook, layer)))
         module.mcore_monitors_tap = tap
+
+
+def _hook_key(hook: Callable[[torch.Tensor], None], call: AttentionCall) -> None:
+    if call.key.requires_grad:
+        call.key.register_hook(hook)
 
 
 def _obey(

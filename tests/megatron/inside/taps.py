@@ -14,7 +14,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.router import Router
 
 from mcore_monitors.hosts.megatron.model import MegatronModel
-from mcore_monitors.hosts.megatron.observed import AttentionTap, RouterTap
+from mcore_monitors.hosts.megatron.observed_attention import AttentionTap
+from mcore_monitors.hosts.megatron.observed_router import RouterTap
 from mcore_monitors.hosts.megatron.registration import register
 from mcore_monitors.monitors.base import StepState
 
@@ -41,7 +42,8 @@ class Watched:
         self.gradients: list[list[torch.Tensor]] = [[], []]
         routers = build.modules(self.model, Router)
         for router, seen in zip(routers, self.logits, strict=True):
-            router.mcore_monitors_tap = RouterTap(
+            router.mcore_monitors_tap = RouterTap()
+            router.mcore_monitors_tap.listeners.append(
                 lambda logits, padding, seen=seen: (
                     seen.append(logits.detach()), self.padding.append(padding),
                 )
@@ -49,8 +51,10 @@ class Watched:
         self.cores = [a.core_attention for a in build.modules(self.model, SelfAttention)]
         for core, seen in zip(self.cores, self.gradients, strict=True):
             core.mcore_monitors_tap = AttentionTap(self.state)
-            # a hook of autograd must return None
-            core.mcore_monitors_tap.on_key_gradient = lambda grad, seen=seen: seen.append(grad)
+            # a hook of autograd must return None, as append does
+            core.mcore_monitors_tap.listeners.append(
+                lambda call, seen=seen: call.key.register_hook(seen.append)
+            )
 
     def counts(self) -> list[tuple[int, int]]:
         """Calls of (router, attention) tap of each layer."""
