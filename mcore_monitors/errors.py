@@ -6,8 +6,9 @@ be acted on at night without opening the source.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, Iterable
+from typing import Any
 
 #: A recovery plan has been written; start the same command again and it will be obeyed.
 EXIT_ROLLBACK = 85

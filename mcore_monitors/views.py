@@ -44,6 +44,8 @@ class AttentionView:
     heads_per_group: int
     #: returns ``(W_q [G * heads_per_group, d, D], W_k [G, d, D])``, rows are head channels
     read: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
+    collective: bool = False
     replica: Replica = field(default_factory=Replica)
 
 
@@ -54,6 +56,8 @@ class RouterView:
     layer: int
     #: returns ``W_R`` [E, D]; None where no rank holds it whole
     read: Callable[[], torch.Tensor] | None
+    #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
+    collective: bool = False
     replica: Replica = field(default_factory=Replica)
 
 

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
+from ..taps import RouterTap
 from .observed import named
-
-
-class RouterTap:
-    """What an observed router tells, and to whom.
-
-    Attributes:
-        listeners: each is called with (logits [..., E], padding mask or None) of every micro-batch
-            of training. The logits are those of the graph, so a listener may hook their gradient.
-    """
-
-    def __init__(self) -> None:
-        self.listeners: list[Callable[[torch.Tensor, torch.Tensor | None], None]] = []
-
-    def tell(self, logits: torch.Tensor, padding: torch.Tensor | None) -> None:
-        """Hand the logits of one micro-batch to every listener."""
-        for listener in self.listeners:
-            listener(logits, padding)
 
 
 @cache

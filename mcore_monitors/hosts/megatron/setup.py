@@ -18,10 +18,9 @@ from ...recovery import StartOrder
 from ...runtime import Runtime
 from ...views import AttentionCall
 from ..attach import Progress, attach
+from ..taps import AttentionTap, RouterTap
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
-from .observed_attention import AttentionTap
-from .observed_router import RouterTap
 
 
 def set_up(

@@ -14,9 +14,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.router import Router
 
 from mcore_monitors.hosts.megatron.model import MegatronModel
-from mcore_monitors.hosts.megatron.observed_attention import AttentionTap
-from mcore_monitors.hosts.megatron.observed_router import RouterTap
 from mcore_monitors.hosts.megatron.registration import register
+from mcore_monitors.hosts.taps import AttentionTap, RouterTap
 from mcore_monitors.monitors.base import StepState
 
 from . import build
