@@ -47,6 +47,10 @@ class AttentionView:
     #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
     collective: bool = False
     replica: Replica = field(default_factory=Replica)
+    #: part of the head's channels: empty for all of them; latent attention has a ``nope`` and a
+    #: ``rope`` view a layer. It enters the signal's name before the window
+    #: (``catalogue.part_name``): ``attention/delta2_effective_rank/rope@50``
+    part: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

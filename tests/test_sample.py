@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mcore_monitors.catalogue import SIGNALS, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name, part_name
 from mcore_monitors.errors import MonitorsError
 from mcore_monitors.sample import Sample
 from tests.sinks.make import sample
@@ -99,6 +99,12 @@ def test_missing_field_is_named():
 
 def test_window_is_not_part_of_the_base_name():
     assert base_name("a/b@50") == base_name("a/b") == "a/b"
+
+
+def test_part_is_not_part_of_the_base_name():
+    assert part_name("a/b", "rope") == "a/b/rope"
+    assert part_name("a/b", "") == "a/b"
+    assert base_name("a/b/rope@50") == base_name("a/b/nope") == "a/b"
 
 
 def test_reading_a_recorded_run_needs_neither_torch_nor_wandb():

@@ -21,6 +21,20 @@ SIGNALS: Mapping[str, SignalInfo] = MappingProxyType(
 )
 
 
+#: Parts of a head that are read apart: the channels of latent attention without and with rotation.
+PARTS = ("nope", "rope")
+
+
+def part_name(signal: str, part: str) -> str:
+    """Name of a signal for a part of a head: ``a/b`` gives ``a/b/rope``, and ``a/b`` without one.
+
+    A window comes behind it: ``a/b/rope@50``.
+    """
+    return f"{signal}/{part}" if part else signal
+
+
 def base_name(signal: str) -> str:
-    """Return a signal's name without its window: ``a/b@50`` gives ``a/b``."""
-    return signal.split("@", 1)[0]
+    """Return a signal's name without window and part: ``a/b@50``, ``a/b/rope@50`` give ``a/b``."""
+    name = signal.split("@", 1)[0]
+    stem, _, last = name.rpartition("/")
+    return stem if last in PARTS else name
