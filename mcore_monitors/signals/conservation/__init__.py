@@ -1,0 +1,52 @@
+"""Conservation residuals: exact identities of backpropagation that a wrong kernel breaks at once.
+
+One module a residual; each has ``<name>_terms``, sums that add up over shards of a sequence (or
+of the vocabulary), and ``<name>_from_terms``, ratios made of complete sums. They need no baseline,
+only the floor of the number format (:mod:`.floors`).
+"""
+
+from .accumulate import (
+    DirectionWindow,
+    direction_bias,
+    direction_coherence,
+    direction_log_p,
+    direction_terms,
+)
+from .floors import RESIDUALS, floor, key_shift_limit, limit
+from .key_shift import key_shift_from_terms, key_shift_terms
+from .norm_scale import (
+    norm_scale_from_terms,
+    norm_scale_terms,
+    norm_shift_from_terms,
+    norm_shift_terms,
+)
+from .query_key import query_key_from_terms, query_key_terms
+from .router_shift import router_shift_from_terms, router_shift_terms
+from .value_output import value_output_from_terms, value_output_terms
+from .vocabulary_shift import vocabulary_shift_from_terms, vocabulary_shift_terms
+
+__all__ = [
+    "RESIDUALS",
+    "DirectionWindow",
+    "direction_bias",
+    "direction_coherence",
+    "direction_log_p",
+    "direction_terms",
+    "floor",
+    "key_shift_from_terms",
+    "key_shift_limit",
+    "key_shift_terms",
+    "limit",
+    "norm_scale_from_terms",
+    "norm_scale_terms",
+    "norm_shift_from_terms",
+    "norm_shift_terms",
+    "query_key_from_terms",
+    "query_key_terms",
+    "router_shift_from_terms",
+    "router_shift_terms",
+    "value_output_from_terms",
+    "value_output_terms",
+    "vocabulary_shift_from_terms",
+    "vocabulary_shift_terms",
+]

@@ -1,0 +1,90 @@
+"""Adding signed residuals up over sequences and samples, so that rounding cancels and bias stays.
+
+Of each sequence take the signed residual over its scale, r_i, a vector (key shift) or a number (all
+others). Rounding points anywhere: after n sequences ‖Σ r_i‖ is about √Σ‖r_i‖². A biased kernel
+pushes the same way each time, and ‖Σ r_i‖ grows like n. Two numbers say so:
+
+* **coherence** ‖Σ r_i‖ / Σ‖r_i‖, the norm of the mean over the mean of the norms: 1 for one
+  direction, about 1/√n for rounding (whatever the dimension, when sizes are alike).
+* **energy ratio** F = ‖Σ r_i‖² / Σ‖r_i‖², from 0 to n. If the signs of the r_i are independent and
+  symmetric, its mean is 1 and, *for every dimension and every shape of the noise*,
+  P(F ≥ f) ≤ 2 exp(−f/2) (Pinelis, Ann. Probab. 22 (1994) 1679, theorem 3.5 for sums of ±r_i in a
+  Hilbert space; in one dimension Hoeffding's inequality). That is the false-alarm level of
+  :func:`direction_log_p`: no calibration, no assumption on the spread over directions. F can't
+  exceed n, so a level p needs n ≥ 2 ln(2/p) sequences: 25 for 1e-5.
+
+All four sums add up over micro-batches, ranks and samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
+    """Sums over the sequences of a call, per unit.
+
+    Args:
+        signed: [B, G, d], or [B, G] for a residual that is one number; complete over a sequence.
+        scale: [B, G].
+
+    Returns:
+        [G, d + 3] (d = 1 for a number): Σ r_i, Σ‖r_i‖, Σ‖r_i‖², number of sequences.
+    """
+    vectors = signed.unsqueeze(-1) if signed.dim() == scale.dim() else signed
+    counted = (scale != 0).unsqueeze(-1)
+    r = vectors / torch.where(counted, scale.unsqueeze(-1), 1.0)
+    norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+    return torch.cat([r, norm, norm.square(), counted.to(r.dtype)], dim=-1).sum(0)
+
+
+@torch.no_grad()
+def direction_coherence(sums: Tensor) -> Tensor:
+    """‖Σ r_i‖ / Σ‖r_i‖ from sums [..., d + 3]: [...], 0 to 1; NaN without a sequence."""
+    return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -3]
+
+
+@torch.no_grad()
+def direction_bias(sums: Tensor) -> Tensor:
+    """Size of the mean ‖Σ r_i‖ / n: what is left of the residual when rounding has cancelled."""
+    return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -1]
+
+
+@torch.no_grad()
+def direction_log_p(sums: Tensor) -> Tensor:
+    """ln of the bound on P(a healthy kernel gives as large an energy ratio), at most 0."""
+    energy = sums[..., :-3].square().sum(-1) / sums[..., -2]
+    return (math.log(2) - energy / 2).clamp(max=0.0)
+
+
+class DirectionWindow:
+    """The last samples' sums of each unit, in a buffer of fixed size.
+
+    Args:
+        units: number of heads (or layers) watched.
+        dimension: d of the signed vector, 1 for a number.
+        samples: length of the window.
+    """
+
+    def __init__(
+        self, units: int, dimension: int, samples: int, device: torch.device | str = "cpu"
+    ):
+        self._ring = torch.zeros(samples, units, dimension + 3, dtype=torch.float64, device=device)
+        self._next = 0
+
+    def add(self, sums: Tensor) -> None:
+        """Take in one sample's sums [units, d + 3], complete over ranks and micro-batches."""
+        self._ring[self._next] = sums
+        self._next = (self._next + 1) % len(self._ring)
+
+    def sums(self) -> Tensor:
+        """Sums over the window, [units, d + 3]."""
+        return self._ring.sum(0)
+
+    def clear(self) -> None:
+        """Forget all samples, after a rollback for instance."""
+        self._ring.zero_()

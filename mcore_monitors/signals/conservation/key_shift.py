@@ -1,0 +1,97 @@
+"""Key shift: Σ_j dK_j = 0 for every sequence and key head.
+
+Add one vector u to all keys. Each
+logit S_ij = α q_i·k_j moves by α q_i·u, the same for all j, and softmax over j ignores that: the
+output, hence the loss, does not depend on u, and its derivative Σ_j dK_j is zero. In formulas,
+dS_ij = P_ij (dP_ij − δ_i) with δ_i = Σ_j P_ij dP_ij, so Σ_j dS_ij = δ_i − δ_i Σ_j P_ij = 0 and
+Σ_j dK_j = α Σ_i (Σ_j dS_ij) q_i = 0. A kernel with a wrong δ_i leaves −α Σ_i err_i q_i: what it
+costs is seen at its first step, long before training suffers. No paper; ours.
+
+It needs Σ_j P_ij = 1 over the keys that are summed, and logits that move by a constant per query.
+
+====================================  =======================================================
+kept by                               because
+====================================  =======================================================
+causal, padding, block (packed) and   the constant is added to the allowed keys; the others
+sliding-window masks                  stay at −inf
+position biases (ALiBi, T5)           added to the logits, they don't depend on K
+dropout on the probabilities          P itself doesn't move, and δ_i = Σ_j P_ij dP_ij with the
+                                      dropped dP; the mask is the same in both directions
+grouped queries                       holds for each query head, so for the sum over a group
+QK-norm, latent attention             on the key that enters QKᵀ, all its channels together
+rotary embedding                      on the key after the rotation; each position turns its
+                                      gradient differently, so before it the sum is not zero
+context parallelism                   when the vector sum runs over the ranks of a sequence
+====================================  =======================================================
+
+Broken by a **sink in the denominator**, learned or fixed (off-by-one softmax): its logit does not
+move with K, P sums to 1 − P_sink and Σ_j dS_ij = δ_i P_i,sink. (A sink that is a token with a key
+of its own keeps it.) Broken by a **soft cap** c·tanh(S/c), which does not carry a shift through.
+Do not watch such layers.
+
+The loss scale cancels in the ratio. Rounding does not: a healthy kernel leaves a floor that the
+number format sets (:func:`mcore_monitors.signals.conservation.floors.limit`).
+
+Shape names: ``S`` keys of a sequence, ``B`` sequences, ``G`` key heads, ``d`` head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .terms import over_groups, ratio_sums, wide
+
+
+@torch.no_grad()
+def key_shift_terms(
+    dk: Tensor,
+    *,
+    query: Tensor | None = None,
+    output: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two sums of the key-shift residual over the keys and queries at hand.
+
+    Both add up over shards of a sequence (context parallelism), unlike the ratio.
+
+    Args:
+        dk: [S, B, G, d], gradient of the keys that enter QKᵀ (after rotary embedding). Packed
+            sequences [T, G, d] go in as [T, 1, G, d]: each one's sum is zero, so is the total.
+        query: [S, B, H, d], output and grad_output: [S, B, H, v], softmax_scale: factor α on the
+            logits (1/√d by default). With them the scale gets the row term's part, so that it
+            can't vanish; without them it is the part of the keys alone.
+
+    Returns:
+        (Σ_j dK_j [B, G, d], scale [B, G]), float32, or float64 for a float64 input.
+        scale = Σ_j ‖dK_j‖ + α Σ_i ‖q_i‖·‖dO_i∘O_i‖.
+
+    Summed in float32 whatever the format of ``dk``: on 128 to 8192 keys of a healthy float32
+    kernel (floor 3.5e-8 to 9e-9) this adds 7e-9 to 2e-9, the ratio grows by 3% at most, four
+    orders of magnitude below the limit. float64 sums cost ten times as much on a CPU.
+    """
+    dtype = torch.promote_types(dk.dtype, torch.float32)
+    scale = torch.linalg.vector_norm(dk, dim=-1, dtype=dtype).sum(0)
+    if query is not None and output is not None and grad_output is not None:
+        factor = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        row = torch.linalg.vector_norm(wide(output) * wide(grad_output), dim=-1)
+        row = row * torch.linalg.vector_norm(query, dim=-1, dtype=dtype)
+        scale = scale + factor * over_groups(row.sum(0), dk.shape[2])
+    return dk.sum(0, dtype=dtype), scale
+
+
+@torch.no_grad()
+def key_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over sequences of ‖Σ_j dK_j‖ / scale, and the number of sequences, per key head.
+
+    Args:
+        signed: [B, G, d] of :func:`key_shift_terms`, complete over each sequence.
+        scale: [B, G] likewise.
+
+    Returns:
+        (sum of ratios [G], number of sequences [G]), each ratio from 0 to 1. A sequence whose
+        gradient is zero throughout (all padding) says nothing and is not counted. A non-finite
+        gradient is counted and makes the sum NaN.
+    """
+    return ratio_sums(torch.linalg.vector_norm(signed, dim=-1), scale)

@@ -1,0 +1,42 @@
+"""What all residuals share: sums in a wide format, ratios that cannot be 0/0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is where it is float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product_sums(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Σ x∘y and Σ |x∘y| over ``dims``, worked on in float32 or float64."""
+    product = wide(x) * wide(y)
+    return product.sum(dims), product.abs().sum(dims)
+
+
+def over_groups(x: Tensor, groups: int) -> Tensor:
+    """[..., H] to [..., G]: sums over the query heads that share a key head."""
+    return x if x.shape[-1] == groups else x.unflatten(-1, (groups, -1)).sum(-1)
+
+
+def ratio_sums(size: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the first dimension of size / scale, and how many were counted.
+
+    A zero scale (all padding) says nothing and is not counted; a non-finite one is, and makes the
+    sum NaN, so that a broken gradient does not pass as an empty one.
+    """
+    counted = scale != 0  # true for NaN
+    ratio = size / torch.where(counted, scale, 1.0)
+    return ratio.sum(0), counted.sum(0, dtype=scale.dtype)
+
+
+def pooled_ratio(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_t |signed_t| / Σ_t scale_t over all tokens of a call, and 1; (0, 0) without a gradient.
+
+    Pooled, not a mean of ratios per token: a token whose gradient has almost vanished (a sure and
+    right prediction) has only rounding left, and its ratio would drown the others.
+    """
+    return ratio_sums(signed.abs().sum().view(1, 1), scale.sum().view(1, 1))
