@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +23,7 @@ from .errors import ConfigError, nearest
 from .faults.config import DrillConfig
 from .recovery.config import RecoveryConfig
 from .sinks.config import WandbConfig
+from .windows import default_judged, default_windows
 
 #: ``auto`` watches what the model has; ``true`` insists, so that a run without it does not start
 Enabled = Literal["auto"] | bool
@@ -34,8 +35,11 @@ class AttentionUpdateConfig:
     """Attention-update signals from the query and key weights."""
 
     enabled: Enabled = "auto"
-    #: iterations between the two weights that are compared; multiples of ``interval``
-    windows: Annotated[list[Positive], Field(min_length=1)] = field(default_factory=lambda: [50])
+    #: iterations between the two weights that are compared; multiples of ``interval``. None: the
+    #: usual 10, 50 and 200, brought to multiples of ``interval``
+    windows: Annotated[list[Positive], Field(min_length=1)] | None = None
+    #: where the earlier weights are kept: on the device, or in the host's (pinned) memory
+    snapshots: Literal["device", "host"] = "device"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,8 @@ class RouterConfig:
     """Router signals of mixture-of-experts layers."""
 
     enabled: Enabled = "auto"
+    #: tokens that count: ``all`` since the last sample, or those of the ``sampled`` step only
+    tokens: Literal["all", "sampled"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +89,31 @@ class Config:
     drill: DrillConfig | None = None
 
     def __post_init__(self) -> None:
-        for window in self.monitors.attention_update.windows:
+        update = self.monitors.attention_update
+        if update.windows is None:
+            update = replace(update, windows=default_windows(self.interval))
+            # what the rest of the program reads are the windows themselves, never "the usual ones"
+            object.__setattr__(self, "monitors", replace(self.monitors, attention_update=update))
+        for window in update.windows:
             if window % self.interval:
                 raise ConfigError(
                     "monitors.attention_update.windows",
                     window,
                     f"multiples of interval ({self.interval}), since snapshots are taken there",
                 )
+        judged = self.detection.windows
+        if judged is None:
+            detection = replace(self.detection, windows=default_judged(update.windows))
+            object.__setattr__(self, "detection", detection)
+        elif missing := [window for window in judged if window not in update.windows]:
+            raise ConfigError(
+                "detection.windows",
+                missing[0],
+                "windows of monitors.attention_update.windows "
+                f"({', '.join(map(str, sorted(update.windows)))}), or [] to judge none",
+            )
         if self.recovery.mode == "rollback":
-            windows = self.monitors.attention_update.windows
+            windows = () if update.enabled is False else self.detection.windows
             self.recovery.check_quiet(self.detection.slowest_delay(self.interval, windows))
 
 

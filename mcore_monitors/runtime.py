@@ -80,17 +80,20 @@ class Runtime:
 
     # ---- taps ----
 
-    def guarded(self, monitor: Monitor, call: Callable[..., None]) -> Callable[..., None]:
+    def guarded(
+        self, monitor: Monitor, call: Callable[..., None], *, every_step: bool = False
+    ) -> Callable[..., None]:
         """Wrap a monitor's hook: an error in it is kept for the next sample, never raised.
 
-        The hook does nothing on steps that are not sampled and after its first error.
+        The hook does nothing after its first error and, unless ``every_step``, on steps that are
+        not sampled.
         """
 
-        def hook(*args: Any) -> None:
-            if not self.state.armed or monitor.name in self._errors:
+        def hook(*args: Any, **kwargs: Any) -> None:
+            if not (every_step or self.state.armed) or monitor.name in self._errors:
                 return
             try:
-                call(*args)
+                call(*args, **kwargs)
             except Exception as error:  # a monitor never breaks a run
                 self._errors[monitor.name] = f"{type(error).__name__}: {error}"
 
@@ -109,6 +112,8 @@ class Runtime:
         The judge goes through the history that led there, as if the run had never stopped.
         """
         self._steps.clear()
+        for monitor in self.monitors:
+            monitor.restart()
         self._arm(iteration + 1)
         if self.judge is not None:
             self.judge.replay(effective_history(self.config.run_dir, upto=iteration))

@@ -54,12 +54,36 @@ class AttentionView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingRule:
+    """How a router turns a token's logits into its choice of experts."""
+
+    #: score of an expert: a softmax over all experts, σ(z), or √softplus(z)
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    #: experts that a token goes to; None where the host doesn't say: signals of the choice are
+    #: missing then
+    top_k: int | None = None
+    #: what the best ``top_k`` are taken of: the scores (plus the expert bias, where there is one) or
+    #: the logits. The same order, but group-limited routing adds them up. ``host``: by something
+    #: else, so the host hands its choice over with the logits
+    chooses_by: Literal["scores", "logits", "host"] = "scores"
+    #: group-limited routing: the experts stand in ``groups`` equal groups, a token may go to the
+    #: ``top_groups`` best of them; a group counts as the sum of its best ``group_sum`` experts
+    groups: int | None = None
+    top_groups: int | None = None
+    group_sum: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RouterView:
-    """One layer's router weight ``W_R`` [E, D]."""
+    """One layer's router: its weight ``W_R`` [E, D] and its rule."""
 
     layer: int
     #: returns ``W_R`` [E, D]; None where no rank holds it whole
     read: Callable[[], torch.Tensor] | None
+    #: None: scores as ``ModelView.router_score`` says, the choice is not known
+    rule: RoutingRule | None = None
+    #: returns what is added to the scores [E] for the choice only, now; None where nothing is
+    bias: Callable[[], torch.Tensor | None] | None = None
     #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
     collective: bool = False
     replica: Replica = field(default_factory=Replica)

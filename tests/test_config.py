@@ -23,7 +23,7 @@ SCHEMA = {
     "strict": False,
     "monitors": {
         "attention_update": {"enabled": "auto", "windows": [50]},
-        "router": {"enabled": "auto"},
+        "router": {"enabled": "auto", "tokens": "all"},
         "conservation": {"enabled": "auto"},
     },
     "detection": {

@@ -19,15 +19,24 @@ class RouterTap:
     Attributes:
         listeners: each is called with (logits [..., E], padding mask or None) of every micro-batch
             of training. The logits are those of the graph, so a listener may hook their gradient.
+            Where ``tells_choice``, the keyword ``routing_map`` [..., E] says where tokens go.
+        tells_choice: hand the host's choice over, too; for hosts that choose by more than scores.
     """
 
     def __init__(self) -> None:
-        self.listeners: list[Callable[[torch.Tensor, torch.Tensor | None], None]] = []
+        self.listeners: list[Callable[..., None]] = []
+        self.tells_choice = False
 
-    def tell(self, logits: torch.Tensor, padding: torch.Tensor | None) -> None:
+    def tell(
+        self,
+        logits: torch.Tensor,
+        padding: torch.Tensor | None,
+        routing_map: torch.Tensor | None = None,
+    ) -> None:
         """Hand the logits of one micro-batch to every listener."""
+        choice = {"routing_map": routing_map} if self.tells_choice else {}
         for listener in self.listeners:
-            listener(logits, padding)
+            listener(logits, padding, **choice)
 
 
 class AttentionTap:

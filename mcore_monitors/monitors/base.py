@@ -38,6 +38,9 @@ class Monitor(ABC):
     #: whether ``collect`` waits for other ranks; then it runs on all of them or on none
     collective: bool = False
 
+    def restart(self) -> None:
+        """Training goes on from another state: forget what was added up since the last sample."""
+
     @abstractmethod
     def schema(self) -> dict[str, tuple[int, ...]]:
         """Fields of the packed buffer, the same on every rank: name to shape."""
