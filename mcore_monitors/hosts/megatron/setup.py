@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from ...errors import ConfigError, HostError
 from ...messages import say
 from ...recovery import StartOrder
 from ...runtime import Runtime
-from ...views import AttentionCall
 from ..attach import Progress, attach
 from ..taps import AttentionTap, RouterTap
+from ..wiring import wire
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
 
@@ -80,24 +78,16 @@ def _check_start(order: StartOrder | None, args: Any) -> None:
 
 
 def _tap(runtime: Runtime, model: MegatronModel) -> None:
-    by_name = {m.name: m for m in runtime.monitors}
-    router, conservation = by_name.get("router"), by_name.get("conservation")
-    for layer, module in model.routers.items():
+    for module in model.routers.values():
         module.mcore_monitors_tap = RouterTap()
-        if router is not None:
-            hook = runtime.guarded(router, router.on_logits)
-            module.mcore_monitors_tap.listeners.append(partial(hook, layer))
-    for layer, module in model.attentions.items():
-        tap = AttentionTap(runtime.state)
-        if conservation is not None and layer in model.view.key_shift:
-            hook = runtime.guarded(conservation, conservation.on_key_gradient)
-            tap.listeners.append(partial(_hook_key, partial(hook, layer)))
-        module.mcore_monitors_tap = tap
-
-
-def _hook_key(hook: Callable[[torch.Tensor], None], call: AttentionCall) -> None:
-    if call.key.requires_grad:
-        call.key.register_hook(hook)
+    for module in model.attentions.values():
+        module.mcore_monitors_tap = AttentionTap(runtime.state)
+    wire(
+        runtime,
+        model.view,
+        {layer: module.mcore_monitors_tap for layer, module in model.attentions.items()},
+        {layer: module.mcore_monitors_tap for layer, module in model.routers.items()},
+    )
 
 
 def _obey(
