@@ -12,6 +12,7 @@ import pytest
 
 from mcore_monitors.config import Config, from_dict, load
 from mcore_monitors.errors import ConfigError
+from mcore_monitors.windows import stride
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,7 @@ SCHEMA = {
     "interval": 10,
     "strict": False,
     "monitors": {
-        "attention_update": {"enabled": "auto", "windows": [50]},
+        "attention_update": {"enabled": "auto", "windows": [10, 50, 200], "snapshots": "device"},
         "router": {"enabled": "auto", "tokens": "all"},
         "conservation": {"enabled": "auto"},
     },
@@ -33,6 +34,7 @@ SCHEMA = {
         "threshold": 6.0,
         "sustain": 3,
         "limit": None,
+        "windows": [50],
     },
     "recovery": {"mode": "log", "quiet": 100, "margin": 0, "max_attempts": 2, "remedies": {}},
     "wandb": {"enabled": "auto", "project": "mcore-monitors", "name": None, "entity": None},
@@ -153,6 +155,8 @@ def test_unknown_key_without_a_near_one_lists_them_all() -> None:
         ("monitors.router.enabled", 1, "'auto' or true or false"),
         ("monitors.router.enabled", "yes", "'auto' or true or false"),
         ("monitors.attention_update.windows", 50, "a list"),
+        ("detection.windows", [0], ">= 1"),
+        ("monitors.attention_update.snapshots", 3, "device"),
         ("monitors.attention_update.windows.0", ["50"], "an integer"),
         ("detection.sustain", "3", "an integer"),
         ("detection.threshold", "six", "number"),
@@ -217,6 +221,45 @@ def test_window_and_interval_go_together() -> None:
     assert refusal(data).setting == "monitors.attention_update.windows"
     windows = from_dict(data | {"interval": 5}).monitors.attention_update.windows
     assert windows == [15]
+
+
+@pytest.mark.parametrize(
+    ("interval", "windows", "judged"),
+    [
+        (1, [10, 50, 200], [50]),
+        (7, [7, 49, 203], [49]),
+        (20, [20, 40, 200], [40]),
+        (50, [50, 200], [50]),
+        (1000, [1000], [1000]),
+    ],
+)
+def test_default_windows_fit_every_interval(
+    interval: int, windows: list[int], judged: list[int]
+) -> None:
+    data: dict[str, Any] = {"run_dir": "x", "interval": interval}
+    config = from_dict(data)
+    assert config.monitors.attention_update.windows == windows
+    assert config.detection.windows == judged
+    # written out they are accepted again, and so is a rollback that waits long enough
+    written = {"attention_update": {"windows": windows}}
+    recovery = {"mode": "rollback", "quiet": 3 * stride(judged[0], interval) + judged[0]}
+    assert from_dict(data | {"monitors": written, "recovery": recovery}).detection.windows == judged
+
+
+def test_judged_windows_are_among_the_windows() -> None:
+    data = settings("detection.windows", [10, 60])
+    error = refusal(data)
+    assert error.setting == "detection.windows"
+    assert "10, 50, 200" in str(error) and "60" in str(error)
+    assert from_dict(settings("detection.windows", [])).detection.windows == []
+    assert from_dict(settings("detection.windows", [10, 200])).detection.windows == [10, 200]
+
+
+def test_only_judged_windows_make_a_checkpoint_wait() -> None:
+    data: dict[str, Any] = {"run_dir": "x", "recovery": {"mode": "rollback", "quiet": 80}}
+    assert from_dict(data).recovery.quiet == 80
+    slow = data | {"detection": {"windows": [50, 200]}}
+    assert "320" in str(refusal(slow))  # compared every 40 iterations, three times, after 200
 
 
 @pytest.mark.parametrize("setting", ["run_dir", "drill.strength", "drill.from_iteration"])

@@ -5,9 +5,10 @@ Imports neither torch nor a host, so that a recorded run can be read and judged 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
+from ..windows import window_of
 from . import attention_update, conservation, router
 from .info import SignalInfo
 
@@ -38,3 +39,17 @@ def base_name(signal: str) -> str:
     name = signal.split("@", 1)[0]
     stem, _, last = name.rpartition("/")
     return stem if last in PARTS else name
+
+
+def is_judged(signal: str, windows: Collection[int] | None = None) -> bool:
+    """Whether a rule judges a signal, or it is only recorded and shown.
+
+    Args:
+        signal: its name, with part and window.
+        windows: ``detection.windows``, the windows that are judged; None for all.
+    """
+    info = SIGNALS.get(base_name(signal))
+    if info is None or info.watch == "record":
+        return False
+    window = window_of(signal)
+    return window is None or windows is None or window in windows

@@ -39,7 +39,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mcore_monitors.catalogue import SIGNALS, SignalInfo, base_name
+from mcore_monitors.catalogue import SIGNALS, SignalInfo, base_name, is_judged
 from mcore_monitors.detection.alarm import CRITICAL, WARNING, Alarm
 from mcore_monitors.detection.config import LEAST_REFERENCE, DetectionConfig
 from mcore_monitors.detection.transforms import scale_of
@@ -231,7 +231,7 @@ class BandRule:
         alarms: list[Alarm] = []
         for signal in sorted(sample.signals):
             info = SIGNALS.get(base_name(signal))
-            if info is None or info.watch in ("limit", "record"):
+            if not is_judged(signal, self.config.windows) or info.watch == "limit":
                 continue
             for layer in sorted(sample.signals[signal]):
                 values = np.asarray(sample.signals[signal][layer], dtype=float)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mcore_monitors.errors import ConfigError
+from mcore_monitors.windows import stride
 
 #: A band is not judged with fewer reference samples than this: the median absolute deviation of
 #: fewer is too rough to multiply by six.
@@ -41,6 +42,10 @@ class DetectionConfig:
     """Samples in a row that must deviate before the band rule alarms."""
     limit: float | None = None
     """Limit of the conservation residuals (no unit). None: by the number format of the run."""
+    windows: list[int] | None = None
+    """Windows of the update spectra that are judged; the others are recorded only. None: in a run's
+    settings the one nearest to 50 iterations (a shorter one is noisier, a longer one slower), and
+    every window where there are no such settings."""
 
     def __post_init__(self) -> None:
         _integer("warmup", self.warmup, 0)
@@ -50,12 +55,16 @@ class DetectionConfig:
         _number("threshold", self.threshold, 0.0)
         if self.limit is not None:
             _number("limit", self.limit, 0.0)
+        for window in self.windows or ():
+            _integer("windows", window, 1)
 
     def slowest_delay(self, interval: int, windows: Iterable[int] = ()) -> int:
         """Return how many iterations a fault may run before the slowest rule alarms.
 
         Args:
             interval: iterations between two samples.
-            windows: windows of the update signals, in iterations.
+            windows: windows of the update signals that are judged, in iterations.
         """
-        return interval * max(self.sustain, 2) + max(windows, default=0)
+        # A window may be compared less often than the run is sampled.
+        samples = max(self.sustain, 2)
+        return max([samples * interval, *(samples * stride(w, interval) + w for w in windows)])

@@ -116,5 +116,6 @@ class RecoveryConfig:
                 self.quiet,
                 f"an integer >= {slowest_delay}",
                 "A fault runs that many iterations before the slowest rule sees it (interval × "
-                "sustain + the longest window), and a checkpoint must not count as good earlier.",
+                "sustain + the longest judged window), and a checkpoint must not count as good "
+                "earlier.",
             )
