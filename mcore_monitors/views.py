@@ -34,7 +34,11 @@ class Replica:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionView:
-    """One layer's query and key projections as they live on this rank."""
+    """One layer's query and key projections as they live on this rank.
+
+    ``docs/layouts.md`` says what the rows are for each kind of attention. Query and key biases are
+    left out: they move a logit by what one token alone gives, not by a product of two.
+    """
 
     #: global layer number, counted from 1 as Megatron does
     layer: int
@@ -47,10 +51,35 @@ class AttentionView:
     #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
     collective: bool = False
     replica: Replica = field(default_factory=Replica)
+    #: global number of the first local query head where it does not follow from ``first_group``:
+    #: more tensor-parallel ranks than groups, each with some heads of a group; a shared rotary key
+    first_head: int | None = None
+    #: the same as ``read`` for some local groups only, where each costs work (latent attention)
+    read_groups: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]] | None = None
     #: part of the head's channels: empty for all of them; latent attention has a ``nope`` and a
     #: ``rope`` view a layer. It enters the signal's name before the window
     #: (``catalogue.part_name``): ``attention/delta2_effective_rank/rope@50``
     part: str = ""
+
+    def head(self, group: int) -> int:
+        """Global number of the first query head of a local group."""
+        if self.first_head is not None:
+            return self.first_head + group * self.heads_per_group
+        return (self.first_group + group) * self.heads_per_group
+
+    def take(self, groups: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(W_q [len(groups) * heads_per_group, d, D], W_k [len(groups), d, D])`` of some groups.
+
+        On a collective view every rank calls it, also one that wants no group.
+        """
+        if self.read_groups is not None:
+            return self.read_groups(groups)
+        query, key = self.read()
+        query = query.unflatten(0, (self.groups, self.heads_per_group))
+        # slices: a list as an index would sync a GPU
+        rows = [query[g : g + 1] for g in groups] or [query[:0]]
+        keys = [key[g : g + 1] for g in groups] or [key[:0]]
+        return torch.cat(rows).flatten(0, 1), torch.cat(keys)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +91,9 @@ class RoutingRule:
     #: experts that a token goes to; None where the host doesn't say: signals of the choice are
     #: missing then
     top_k: int | None = None
-    #: what the best ``top_k`` are taken of: the scores (plus the expert bias, where there is one) or
-    #: the logits. The same order, but group-limited routing adds them up. ``host``: by something
-    #: else, so the host hands its choice over with the logits
+    #: what the best ``top_k`` are taken of: the scores (plus the expert bias, where there is one)
+    #: or the logits. The same order, but group-limited routing adds them up. ``host``: by
+    #: something else, so the host hands its choice over with the logits
     chooses_by: Literal["scores", "logits", "host"] = "scores"
     #: group-limited routing: the experts stand in ``groups`` equal groups, a token may go to the
     #: ``top_groups`` best of them; a group counts as the sum of its best ``group_sum`` experts
@@ -145,6 +174,8 @@ class ModelView:
     activation_dtype: torch.dtype
     sequence_length: int
     attention: list[AttentionView] = field(default_factory=list)
+    #: parts that the attention views of the whole model come in, the same on every rank
+    attention_parts: tuple[str, ...] = ("",)
     routers: list[RouterView] = field(default_factory=list)
     #: layers whose attention keeps the key-shift identity, with (first local group, groups)
     key_shift: dict[int, tuple[int, int]] = field(default_factory=dict)
