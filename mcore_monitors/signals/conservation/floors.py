@@ -1,6 +1,23 @@
 """What a healthy kernel leaves of each residual, and the limit that follows from it.
 
-Provisional numbers until benchmarks/conservation_floors.py has run.
+**Model.** Rounding to a format with unit 2^−p in the last place leaves a relative error of
+root mean square σ ≈ 0.2·2^−p: 1.6e-3 for bfloat16 (p = 7), 2.0e-4 for float16 (p = 10), 2.5e-8 for
+float32 (p = 23). A residual is a sum of n rounded terms t_i over Σ|t_i|, so a healthy kernel leaves
+about σ·√Σt_i² / Σ|t_i|: σ/√n where terms are alike, σ where one dominates.
+
+* key shift: dK_j and dS_ij are rounded, and O before δ: σ·√2/√S for alike keys, 2.0e-4 at 128 in
+  bfloat16 (measured: 2.0e-4). Sequences with unlike rows fall slower than 1/√S.
+* value–output, query–key: at least the d channels of one key (attention sinks): σ·1.5/√d = 3e-4 at
+  64; ordinary heads have a fifth of it.
+* norms: D channels, σ·1.5/√D, 2.1e-4 at 128 (measured: 2.4e-4, LayerNorm twice that: its
+  statistics are stored in bfloat16).
+* router and vocabulary: the largest entry (target, chosen expert) is about half of Σ|dz|, so the
+  floor stays at about σ/2 whatever the number of entries.
+* float32: logits of size |S| carry an error of |S|·2^−24 into P, which outgrows the rounding of the
+  results; only an absolute limit holds. Cross-entropy sums V exponentials: it grows with V.
+
+The constants are what ``benchmarks/conservation_floors.py`` found on the worst of eight kinds of
+tensors (docs/conservation.md has the table), not the history of a run.
 """
 
 from __future__ import annotations
@@ -16,37 +33,42 @@ RESIDUALS = (
     "norm_scale",
     "norm_shift",
 )
+_ATTENTION = RESIDUALS[:3]
 
-#: Limit over floor.
+#: Limit over floor. The floor is a mean; where the noise of a unit has one direction its size is
+#: that of |N(0, 1)|, whose largest of 10⁵ independent draws is 5.5 times its mean. A mean over four
+#: sequences stays below 3.
 MARGIN = 5.0
-#: (floor at 128, exponent of length) of bfloat16; float16 is an eighth, see below.
-_BF16 = {
-    "key_shift": (5.0e-4, -0.25),
-    "value_output": (1.5e-4, -0.25),
-    "query_key": (3.0e-4, -0.25),
-    "router_shift": (1.5e-3, 0.0),
-    "vocabulary_shift": (1.5e-3, 0.0),
-    "norm_scale": (5e-4, 0.0),
-    "norm_shift": (5e-4, 0.0),
+
+#: bfloat16: (floor, size at which it is taken: sequence length for the key shift, else channels)
+_BFLOAT16 = {
+    "key_shift": (2.3e-4, 128),
+    "value_output": (4.0e-4, 64),
+    "query_key": (3.0e-4, 64),
+    "router_shift": (1.2e-3, None),
+    "vocabulary_shift": (1.2e-3, None),
+    "norm_scale": (5.0e-4, 128),
+    "norm_shift": (1.5e-4, 128),
 }
-_FRACTION = {torch.bfloat16: 1.0, torch.float16: 2.0**-3}
+#: significand bits are 8 and 11
+_OF_BFLOAT16 = {torch.bfloat16: 1.0, torch.float16: 2.0**-3}
 _FLOAT32 = 2e-6
 _FLOAT64 = 2e-13
 
 
 def floor(residual: str, dtype: torch.dtype, sequence_length: int, head_dim: int) -> float:
-    """What a healthy kernel leaves: a plain number between 0 and 1.
+    """What a healthy kernel leaves on the worst ordinary tensors: a plain number.
 
     Args:
         residual: one of :data:`RESIDUALS`.
         dtype: number format of the tensors at the module's border.
         sequence_length: keys of a whole sequence, all context-parallel ranks together.
-        head_dim: channels summed over: head dimension, experts, vocabulary or hidden size.
+        head_dim: entries summed over: channels of a head, experts, vocabulary or hidden size.
 
     Raises:
         ValueError: no floor is known for the residual or format, or a size is not positive.
     """
-    if residual not in _BF16:
+    if residual not in RESIDUALS:
         raise ValueError(f"residual: {residual!r} cannot be used; allowed: {', '.join(RESIDUALS)}")
     for name, size in (("sequence_length", sequence_length), ("head_dim", head_dim)):
         if size < 1:
@@ -54,17 +76,20 @@ def floor(residual: str, dtype: torch.dtype, sequence_length: int, head_dim: int
     if dtype == torch.float64:
         return _FLOAT64
     if dtype == torch.float32:
+        if residual == "vocabulary_shift":
+            return max(_FLOAT32, 4e-6 * (head_dim / 8192) ** 0.75)
         return _FLOAT32
-    fraction = _FRACTION.get(dtype)
-    if fraction is None:
+    if dtype not in _OF_BFLOAT16:
         raise ValueError(
             f"dtype: {dtype} has no known {residual} floor; allowed: torch.float64, "
             "torch.float32, torch.bfloat16, torch.float16"
         )
-    at_128, power = _BF16[residual]
-    if power and sequence_length < 128:
-        power = -0.5
-    return fraction * at_128 * (sequence_length / 128) ** power
+    value, at = _BFLOAT16[residual]
+    if residual == "key_shift":
+        value *= (sequence_length / at) ** (-0.15 if sequence_length > at else -0.25)
+    elif at is not None:
+        value *= (head_dim / at) ** -0.5
+    return _OF_BFLOAT16[dtype] * value
 
 
 def limit(
@@ -75,15 +100,16 @@ def limit(
     *,
     tf32: bool = False,
 ) -> float:
-    """The residual (mean over sequences or pooled over tokens) above which a kernel is not healthy.
+    """The residual, mean over sequences or pooled over tokens, above which a kernel isn't healthy.
 
-    ``tf32``: float32 matrix products run as TF32, which has float16's significand.
+    Five times :func:`floor`. ``tf32``: float32 matrix products run as TF32, which has float16's
+    significand; it matters to attention only.
     """
-    if tf32 and dtype == torch.float32:
+    if tf32 and dtype == torch.float32 and residual in _ATTENTION:
         dtype = torch.float16
     return MARGIN * floor(residual, dtype, sequence_length, head_dim)
 
 
 def key_shift_limit(dtype: torch.dtype, sequence_length: int, *, tf32: bool = False) -> float:
-    """:func:`limit` of the key shift for heads of 64 channels."""
+    """:func:`limit` of the key shift, which does not depend on the head dimension."""
     return limit("key_shift", dtype, sequence_length, 64, tf32=tf32)

@@ -14,7 +14,8 @@ and K *behind* the norm (in front of it both sides are zero but for ε). Broken 
 a second time inside the tap (a key that is also a value, as in latent attention's compressed form:
 then dK has a second part). Under fp8 there is no floor for it here.
 
-The denominator is Σ |K∘dK|: ⟨K, dK⟩ itself passes through zero.
+The scale is Σ|K∘dK| and Σ|Q∘dQ|, halved: ⟨K, dK⟩ itself passes through zero, and either sum alone
+may almost vanish where attention sits on one key.
 
 Shape names as in :mod:`.value_output`, ``d`` channels of a query or key.
 """
@@ -40,16 +41,19 @@ def query_key_terms(
         key, grad_key: [S, B, G, d].
 
     Returns:
-        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], Σ |K∘dK| [B, G]), float32, or float64 for float64 inputs.
+        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], (Σ|K∘dK| + Σ|Q∘dQ|)/2 [B, G]), float32, or float64 for
+        float64 inputs.
     """
-    left, _ = product_sums(query, grad_query, (0, 3))
-    right, scale = product_sums(key, grad_key, (0, 3))
-    return over_groups(left, right.shape[-1]) - right, scale
+    groups = key.shape[2]
+    left, left_scale = product_sums(query, grad_query, (0, 3))
+    right, right_scale = product_sums(key, grad_key, (0, 3))
+    scale = 0.5 * (right_scale + over_groups(left_scale, groups))
+    return over_groups(left, groups) - right, scale
 
 
 @torch.no_grad()
 def query_key_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / Σ|K∘dK|, and their number, per key head.
+    """Sum over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / scale, and their number, per key head.
 
     Args:
         signed, scale: [B, G] of :func:`query_key_terms`, complete over each sequence.

@@ -11,10 +11,19 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def product_sums(x: Tensor, y: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Σ x∘y and Σ |x∘y| over ``dims``, worked on in float32 or float64."""
-    product = wide(x) * wide(y)
-    return product.sum(dims), product.abs().sum(dims)
+def product_sums(x: Tensor, grad: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Σ x∘dx and its scale Σ |x∘dx| over ``dims``, worked on in float32 or float64.
+
+    float16 gradients below its smallest normal number have an absolute rounding error, not a
+    relative one: in the scale they count as that number. The scale of nothing but zeros stays 0.
+    """
+    wide_x, wide_grad = wide(x), wide(grad)
+    product = wide_x * wide_grad
+    scale = product.abs().sum(dims)
+    if grad.dtype == torch.float16:
+        size = wide_grad.abs().clamp(min=torch.finfo(torch.float16).tiny)
+        scale = torch.where(scale == 0, scale, (wide_x.abs() * size).sum(dims))
+    return product.sum(dims), scale
 
 
 def over_groups(x: Tensor, groups: int) -> Tensor:

@@ -50,16 +50,19 @@ def value_output_terms(
         output, grad_output: [S, B, H, v], H a multiple of G; head h uses key head h // (H / G).
 
     Returns:
-        (⟨O, dO⟩ − ⟨V, dV⟩ [B, G], Σ |V∘dV| [B, G]), float32, or float64 for float64 inputs.
+        (⟨O, dO⟩ − ⟨V, dV⟩ [B, G], (Σ|V∘dV| + Σ|O∘dO|)/2 [B, G]), float32, or float64 for
+        float64 inputs.
     """
-    right, _ = product_sums(output, grad_output, (0, 3))
-    left, scale = product_sums(value, grad_value, (0, 3))
-    return over_groups(right, left.shape[-1]) - left, scale
+    groups = value.shape[2]
+    right, right_scale = product_sums(output, grad_output, (0, 3))
+    left, left_scale = product_sums(value, grad_value, (0, 3))
+    scale = 0.5 * (left_scale + over_groups(right_scale, groups))
+    return over_groups(right, groups) - left, scale
 
 
 @torch.no_grad()
 def value_output_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over sequences of |⟨O, dO⟩ − ⟨V, dV⟩| / Σ|V∘dV|, and their number, per key head.
+    """Sum over sequences of |⟨O, dO⟩ − ⟨V, dV⟩| / scale, and their number, per key head.
 
     Args:
         signed, scale: [B, G] of :func:`value_output_terms`, complete over each sequence.
