@@ -9,6 +9,7 @@ by the same addition, and a rank that owns nothing of a field leaves zeros.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,6 +80,15 @@ def broadcast_code(code: int, device: torch.device) -> int:
     carrier = torch.tensor([code], dtype=torch.int64, device=device)
     dist.broadcast(carrier, src=0)
     return int(carrier.item())
+
+
+def from_rank_0(thing: Any) -> Any:
+    """Give every rank the object of rank 0 (pickled). For start-up and rollbacks only."""
+    if not in_use():
+        return thing
+    carrier = [thing]
+    dist.broadcast_object_list(carrier, src=0)
+    return carrier[0]
 
 
 def union_of_texts(texts: list[str]) -> list[str]:

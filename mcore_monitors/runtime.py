@@ -39,6 +39,7 @@ class Runtime:
         judge, recovery: on global rank 0 only.
         attempt: number of rollbacks so far.
         reports_loss: whether this rank's loss is the one to record (one rank of the run).
+        state: where the step in progress stands, if taps were made before this; else a new one.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Runtime:
         recovery: Recovery | None,
         attempt: int,
         reports_loss: bool,
+        state: StepState | None = None,
     ) -> None:
         self.config, self.monitors, self.sinks = config, list(monitors), sinks
         self.judge, self.recovery, self.attempt = judge, recovery, attempt
@@ -62,7 +64,7 @@ class Runtime:
         self._steps = StepLog(
             config.interval, loss=reports_loss, grad_norm=parallel.rank() == 0
         )
-        self.state = StepState()
+        self.state = StepState() if state is None else state
         self._arm(1)
         self._lay_out()
 
@@ -119,12 +121,26 @@ class Runtime:
             self.judge.replay(effective_history(self.config.run_dir, upto=iteration))
         self.event("resume", iteration, from_iteration=iteration)
 
+    def gone_back(self, iteration: int, attempt: int) -> None:
+        """Go on in this process after a rollback that the host has carried out, like a fresh start.
+
+        Args:
+            iteration: of the checkpoint that was loaded.
+            attempt: number of rollbacks so far, this one included.
+        """
+        self.exit_code, self.attempt = None, attempt
+        if self.recovery is not None:
+            self.recovery = Recovery.open(self.config.run_dir, self.config.recovery)
+        self._arm(iteration + 1)
+        self.obey()
+        self.resume(iteration)
+
     def on_step(
         self,
         iteration: int,
         *,
         loss: torch.Tensor | float | None,
-        grad_norm: float | None,
+        grad_norm: torch.Tensor | float | None,
         learning_rate: float | None,
         consumed_samples: int,
     ) -> None:
@@ -133,7 +149,7 @@ class Runtime:
         Args:
             iteration: absolute number of the finished iteration, counted from 1.
             loss: mean loss in nats, where this rank knows it; a tensor is not synchronised here.
-            grad_norm: global gradient norm before clipping, or None.
+            grad_norm: global gradient norm before clipping, or None; a tensor is not synchronised.
             learning_rate: of this step, or None.
             consumed_samples: sequences that training has consumed in total.
         """

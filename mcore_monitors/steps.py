@@ -21,7 +21,9 @@ class StepLog:
 
     def __init__(self, interval: int, *, loss: bool, grad_norm: bool) -> None:
         self._interval, self._takes = interval, (loss, grad_norm)
-        self._rows: list[tuple[int, torch.Tensor | float | None, float | None]] = []
+        self._rows: list[
+            tuple[int, torch.Tensor | float | None, torch.Tensor | float | None]
+        ] = []
         # An asynchronous save is finished many steps after the iteration that it holds.
         self._consumed: dict[int, int] = {}
 
@@ -39,7 +41,7 @@ class StepLog:
         self,
         iteration: int,
         loss: torch.Tensor | float | None,
-        grad_norm: float | None,
+        grad_norm: torch.Tensor | float | None,
         consumed_samples: int,
     ) -> None:
         """Take in a finished step."""

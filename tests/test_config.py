@@ -12,7 +12,7 @@ import pytest
 
 from mcore_monitors.config import Config, from_dict, load
 from mcore_monitors.errors import ConfigError
-from mcore_monitors.windows import stride
+from mcore_monitors.windows import judged_stride
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,14 @@ SCHEMA = {
         "limit": None,
         "windows": [50],
     },
-    "recovery": {"mode": "log", "quiet": 100, "margin": 0, "max_attempts": 2, "remedies": {}},
+    "recovery": {
+        "mode": "log",
+        "how": "auto",
+        "quiet": 100,
+        "margin": 0,
+        "max_attempts": 2,
+        "remedies": {},
+    },
     "wandb": {"enabled": "auto", "project": "mcore-monitors", "name": None, "entity": None},
     "console": True,
     "drill": None,
@@ -190,6 +197,7 @@ def test_wrong_type(dotted: str, value: Any, allowed: str) -> None:
         ("detection.threshold", math.nan, "> 0"),
         ("detection.limit", math.inf, "> 0"),
         ("recovery.mode", "auto", "'log', 'notify' or 'rollback'"),
+        ("recovery.how", "restart", "'auto', 'in_place' or 'relaunch'"),
         ("recovery.margin", -1, ">= 0"),
         ("recovery.max_attempts", 0, ">= 1"),
         ("wandb.project", " ", "non-empty"),
@@ -242,7 +250,7 @@ def test_default_windows_fit_every_interval(
     assert config.detection.windows == judged
     # written out they are accepted again, and so is a rollback that waits long enough
     written = {"attention_update": {"windows": windows}}
-    recovery = {"mode": "rollback", "quiet": 3 * stride(judged[0], interval) + judged[0]}
+    recovery = {"mode": "rollback", "quiet": 3 * judged_stride(judged[0], interval) + judged[0]}
     assert from_dict(data | {"monitors": written, "recovery": recovery}).detection.windows == judged
 
 

@@ -67,8 +67,12 @@ class RecoveryConfig:
     """What happens after an alarm."""
 
     mode: Literal["log", "notify", "rollback"] = "log"
-    """``log``: record it. ``notify``: say it aloud too. ``rollback``: on a critical alarm end the
-    run with exit code 85; started again, it goes back to a good checkpoint."""
+    """``log``: record it. ``notify``: say it aloud too. ``rollback``: on a critical alarm go back
+    to a good checkpoint."""
+    how: Literal["auto", "in_place", "relaunch"] = "auto"
+    """``relaunch``: the run ends with exit code 85 and goes back when it is started again.
+    ``in_place``: the processes go on and load the checkpoint themselves; DeepSpeed only.
+    ``auto``: in place where the host and the training script can, else by relaunch."""
     quiet: int = 100
     """Iterations without a critical alarm after which a checkpoint counts as good, and after which
     a rollback counts as successful. Longer than the slowest detector's delay."""
@@ -84,6 +88,10 @@ class RecoveryConfig:
         if self.mode not in modes:
             hint = nearest(str(self.mode), modes)
             raise ConfigError("recovery.mode", self.mode, ", ".join(modes), hint)
+        ways = ("auto", "in_place", "relaunch")
+        if self.how not in ways:
+            hint = nearest(str(self.how), ways)
+            raise ConfigError("recovery.how", self.how, ", ".join(ways), hint)
         _integer("recovery.quiet", self.quiet, 1)
         _integer("recovery.margin", self.margin, 0)
         _integer("recovery.max_attempts", self.max_attempts, 1)

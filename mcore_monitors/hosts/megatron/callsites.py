@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...config import Config, load
-from ...errors import EXIT_BAD_CONFIG, MonitorsError
+from ...errors import EXIT_BAD_CONFIG, ConfigError, MonitorsError
 from ...messages import say
 from ...recovery import StartOrder, resolve_start
 from ...runtime import Runtime
@@ -46,6 +46,13 @@ def on_arguments(args: argparse.Namespace) -> None:
     try:
         _run.config = load(args.mcore_monitors)
         check_run_dir(_run.config.run_dir)
+        if _run.config.recovery.how == "in_place":
+            raise ConfigError(
+                "recovery.how",
+                "in_place",
+                "auto or relaunch on Megatron-core",
+                "Its training loop can't load a checkpoint while it runs.",
+            )
         _run.order = resolve_start(_run.config.run_dir, _run.config.recovery.mode)
     except MonitorsError as error:
         _refuse(error)
@@ -66,7 +73,7 @@ def on_setup(model: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> No
     if _run.config is None:
         return
     try:
-        _run.runtime = set_up(_run.config, _run.order, model, scheduler)
+        _run.runtime = set_up(_run.config, _run.order, model, optimizer, scheduler)
     except MonitorsError as error:
         _refuse(error)
 
