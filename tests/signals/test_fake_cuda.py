@@ -1,5 +1,7 @@
 """On fake CUDA tensors: no value is read back (``.item()`` raises there), no device is mixed."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,16 +9,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mcore_monitors.faults.attention import attention_row_term
 from mcore_monitors.hosts.safe_attention import safe_attention
 from mcore_monitors.signals.conservation import key_shift_from_terms, key_shift_terms
+from mcore_monitors.signals.direction import direction_overlap, leading_direction
 from mcore_monitors.signals.router import (
     centred_conditioning,
     routing_entropy_sums,
     weight_similarity,
 )
-from mcore_monitors.signals.spectra import (
-    delta2_effective_rank,
-    delta2_effective_rank_qr,
-    effective_rank,
-)
+from mcore_monitors.signals.spectra import measures
+from mcore_monitors.signals.spike import persistent_spike, spike
+from mcore_monitors.signals.update_spectra import update_grams, update_spectra
+from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 
 @pytest.fixture
@@ -41,9 +43,25 @@ def test_the_guard_itself_raises(cuda):
 @pytest.mark.parametrize("gram_dtype", [torch.float64, torch.float32])
 def test_spectra(cuda, gram_dtype):
     w = [cuda(8, 16, 64), cuda(2, 16, 64), cuda(8, 16, 64), cuda(2, 16, 64)]
-    stays_on_card(delta2_effective_rank(*w, gram_dtype=gram_dtype), 8)
-    stays_on_card(delta2_effective_rank_qr(*w), 8)
-    stays_on_card(effective_rank(cuda(8, 32)), 8)
+    shapes = [(8, 32), (8, 16), (8, 16), (2, 16)]
+    for route in (update_spectra_qr, partial(update_spectra, gram_dtype=gram_dtype)):
+        for spectrum, shape in zip(route(*w), shapes, strict=True):
+            stays_on_card(spectrum, *shape)
+    for measure in measures(cuda(8, 32)):
+        stays_on_card(measure, 8)
+
+
+def test_direction_and_spike(cuda):
+    wq, wk = cuda(8, 16, 64, dtype=torch.bfloat16), cuda(2, 16, 64, dtype=torch.bfloat16)
+    grams = update_grams(wq, wk, wq, wk)
+    direction = leading_direction(grams, wq, wq)
+    stays_on_card(direction, 8, 64)
+    overlap = direction_overlap(direction, direction)
+    stays_on_card(overlap, 8)
+    found = spike(cuda(8, 16), 64)
+    stays_on_card(found.strength, 8)
+    stays_on_card(found.outliers, 8)
+    stays_on_card(persistent_spike(found.outliers.expand(3, 8), overlap.expand(2, 8)), 8)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
