@@ -122,7 +122,7 @@ def group_queries(x: Tensor, groups: int) -> Tensor:
     Stacked queries meet their key in one product, so keys and values are never repeated.
     """
     n, batch, heads, d = x.shape
-    x = widened(x).view(n, batch * groups, heads // groups, d)
+    x = widened(x).reshape(n, batch * groups, heads // groups, d)
     return x.permute(1, 2, 0, 3).flatten(1, 2)
 
 

@@ -13,6 +13,34 @@ from ..views import AttentionCall
 AttentionKernel = Callable[..., torch.Tensor]
 
 
+class Passes:
+    """Tells the forward pass that counts from its recomputation, so each micro-batch counts once.
+
+    Outside of a backward pass a forward counts if gradients are on. Inside, where a checkpointed
+    layer is computed again, it counts only if its first pass did not: with reentrant checkpointing
+    the first pass runs without gradients, with the non-reentrant kind it is part of the graph, and
+    what the second gives never sees a gradient.
+    """
+
+    def __init__(self, state: StepState) -> None:
+        self._state = state
+        self._iteration, self._silent = -1, 0
+
+    def counts(self) -> bool:
+        """Whether the forward pass in progress is to be told; asked once for each."""
+        if self._state.iteration != self._iteration:
+            self._iteration, self._silent = self._state.iteration, 0
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is running
+            if torch.is_grad_enabled():
+                return True
+            self._silent += 1
+            return False
+        if not torch.is_grad_enabled() or not self._silent:
+            return False
+        self._silent -= 1
+        return True
+
+
 class RouterTap:
     """What an observed router tells, and to whom.
 
@@ -50,6 +78,7 @@ class AttentionTap:
 
     def __init__(self, state: StepState) -> None:
         self._state = state
+        self._passes = Passes(state)
         self.listeners: list[Callable[[AttentionCall], None]] = []
         self.safe: AttentionKernel | None = None
         self.faulty: AttentionKernel | None = None
@@ -67,9 +96,9 @@ class AttentionTap:
         """Whether the call in progress is to be told.
 
         On sampled steps only; nothing is kept alive on the others. What is recomputed runs its
-        forward twice, first without grad and not told, so that every micro-batch is counted once.
+        forward twice and is told once. To be asked once a call.
         """
-        return bool(self.listeners) and self._state.armed and torch.is_grad_enabled()
+        return bool(self.listeners) and self._state.armed and self._passes.counts()
 
     def tell(self, call: AttentionCall) -> None:
         """Hand one micro-batch to every listener."""

@@ -1,0 +1,198 @@
+"""Walk the module that DeepSpeed trains and describe it to the monitors.
+
+Attention and routers are found by structure (:mod:`..huggingface`), DeepSpeed's own gates by their
+class. DeepSpeed numbers no layers: numbers come from the modules' paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import nn
+
+from ...monitors.base import StepState
+from ...views import AttentionView, ModelView, Replica, RouterView
+from ..huggingface.attention import FoundAttention, find_attention
+from ..huggingface.kernels import breaks_key_shift
+from ..huggingface.layers import number_layers
+from ..huggingface.observed_attention import observe_attention, why_not_observed
+from ..huggingface.observed_router import observe_router
+from ..huggingface.routers import FoundRouter, find_routers
+from ..huggingface.stub import norm_scale
+from .gates import GateTap, gate_rule, noisy
+from .weights import gathers, whole, whole_shape
+
+
+@dataclass(kw_only=True)
+class ModuleDescription:
+    """What monitors may see of a module, and its observed parts by layer number.
+
+    Every module in ``attentions`` and ``routers`` carries its tap as ``mcore_monitors_tap``: an
+    :class:`AttentionTap`, and a :class:`RouterTap` with no listeners yet. Add listeners to these
+    taps; don't replace them.
+    """
+
+    view: ModelView
+    attentions: dict[int, nn.Module] = field(default_factory=dict)
+    routers: dict[int, nn.Module] = field(default_factory=dict)
+
+
+def describe(
+    module: nn.Module,
+    *,
+    device: torch.device,
+    zero_stage: int,
+    replica: Replica,
+    state: StepState,
+    activation_dtype: torch.dtype | None = None,
+) -> ModuleDescription:
+    """Find what can be watched in a module and put taps there.
+
+    Args:
+        module: the engine's module, after ``deepspeed.initialize`` has sharded it.
+        device: where its parameters live.
+        zero_stage: 0 to 3.
+        replica: this rank among those that hold the same non-expert weights.
+        state: the step in progress, which the runtime writes.
+        activation_dtype: of the activations where it is not that of the parameters (autocast).
+    """
+    attentions, unknown = find_attention(module, whole_shape)
+    gates = {p: m for p, m in module.named_modules() if isinstance(m, TopKGate)}
+    routers, unknown_routers = find_routers(module, whole_shape, skip=(TopKGate,))
+    numbers, layers = number_layers(
+        [a.path for a in attentions], _in_order(module, [*gates, *(r.path for r in routers)])
+    )
+    experts = [g.wg.out_features for g in gates.values()] + [r.experts for r in routers]
+    view = ModelView(
+        layers=layers,
+        heads=max((a.heads for a in attentions), default=1),
+        groups=max((a.groups for a in attentions), default=1),
+        experts=max(experts, default=1),
+        router_score=routers[0].rule.score if routers else "softmax",
+        device=device,
+        activation_dtype=activation_dtype or next(module.parameters()).dtype,
+        sequence_length=0,
+        head_dim=max((a.head_dim for a in attentions), default=0),
+    )
+    found = ModuleDescription(view=view)
+    for what, reasons in (("attention", unknown), ("router", unknown_routers)):
+        for reason, paths in reasons.items():
+            view.left_out.append(f"{what} {_listed(paths)}: {reason}")
+    for attention in attentions:
+        _take_attention(found, attention, numbers[attention.path], replica, state)
+    for path, gate in gates.items():
+        _take_gate(found, gate, numbers[path], replica, state)
+    for router in routers:
+        _take_router(found, router, numbers[router.path], replica, state)
+    # all ranks read collective views in one order
+    view.attention.sort(key=lambda v: v.layer)
+    view.routers.sort(key=lambda v: v.layer)
+    return found
+
+
+def _in_order(module: nn.Module, paths: list[str]) -> list[str]:
+    order = {path: i for i, (path, _) in enumerate(module.named_modules())}
+    return sorted(paths, key=order.__getitem__)
+
+
+def _listed(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} like it"
+
+
+def _take_attention(
+    found: ModuleDescription, a: FoundAttention, layer: int, replica: Replica, state: StepState
+) -> None:
+    view = found.view
+    view.attention.append(
+        AttentionView(
+            layer=layer,
+            first_group=0,
+            groups=a.groups,
+            heads_per_group=a.heads // a.groups,
+            read=_reader(a),
+            collective=any(gathers(p) for p in _weights(a)),
+            replica=replica,
+        )
+    )
+    reason = why_not_observed(a.module)
+    if reason is not None:
+        view.left_out.append(f"kernel of {a.path}: {reason}")
+        return
+    observe_attention(a.module, a.groups, state)
+    found.attentions[layer] = a.module
+    broken = breaks_key_shift(a.module)
+    if broken is not None:
+        view.left_out.append(f"key shift of {a.path}: {broken}")
+    view.conserves_attention(
+        layer, 0, a.groups, but=() if broken is None else ("attention/key_shift",)
+    )
+
+
+def _weights(a: FoundAttention) -> list[nn.Parameter]:
+    norms = [n for n in (a.query_norm, a.key_norm) if n is not None]
+    return [a.query, a.key, *(p for n in norms for p in n.parameters(recurse=False))]
+
+
+def _reader(a: FoundAttention) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    def read() -> tuple[torch.Tensor, torch.Tensor]:
+        query = whole(a.query)
+        query, key = a.split(query, query if a.fused else whole(a.key))
+        return (
+            _scaled(query, a.query_norm, a.heads, a.head_dim),
+            _scaled(key, a.key_norm, a.groups, a.head_dim),
+        )
+
+    return read
+
+
+def _scaled(
+    rows: torch.Tensor, norm: nn.Module | None, heads: int, head_dim: int
+) -> torch.Tensor:
+    """Rows [heads, d, D] with a norm's learned scale folded in, one a channel or one a row."""
+    scale = None if norm is None else norm_scale(norm, whole)
+    if scale is None:
+        return rows
+    if scale.numel() == head_dim:
+        return rows * scale[:, None]
+    return rows * scale.unflatten(0, (heads, head_dim))[:, :, None]
+
+
+def _take_gate(
+    found: ModuleDescription, gate: TopKGate, layer: int, replica: Replica, state: StepState
+) -> None:
+    gate.mcore_monitors_tap = GateTap(gate, state)
+    found.routers[layer] = gate
+    if not noisy(gate):
+        found.view.conserved["router/shift"].places[layer] = (0, 1)
+    found.view.routers.append(
+        RouterView(
+            layer=layer,
+            read=lambda: whole(gate.wg.weight),
+            rule=gate_rule(gate),
+            collective=gathers(gate.wg.weight),
+            replica=replica,
+        )
+    )
+
+
+def _take_router(
+    found: ModuleDescription, router: FoundRouter, layer: int, replica: Replica, state: StepState
+) -> None:
+    observe_router(router, state)
+    found.routers[layer] = router.module
+    config = getattr(router.module, "config", None)
+    if router.rule.score == "softmax" and not getattr(config, "router_z_loss_coef", 0):
+        found.view.conserved["router/shift"].places[layer] = (0, 1)
+    found.view.routers.append(
+        RouterView(
+            layer=layer,
+            read=lambda: whole(router.weight),
+            rule=router.rule,
+            bias=router.bias,
+            collective=gathers(router.weight),
+            replica=replica,
+        )
+    )

@@ -1,0 +1,95 @@
+"""DeepSpeed's own mixture-of-experts gate, ``TopKGate``: what it hands over, and its rule.
+
+The gate computes its logits inside ``forward``; the patch hands them over there, after the jitter
+of the input and before any noise, on the dense, the sparse and the Tutel path alike. These are the
+logits that weigh the experts' outputs, so they are the ones to watch: the router's scores are a
+softmax of them. The *choice* follows from them too, except with noise: ``RSample`` (top-1) and the
+sampled second expert (top-2, DeepSpeed's default) choose by scores plus Gumbel noise. Then the
+choice is taken from the gate itself. The sampled second expert is found from the noisy logits, before
+capacity is enforced; for ``RSample`` what the gate returns, after tokens over the capacity are
+dropped.
+
+Shape names: ``T`` tokens, ``E`` experts, ``C`` capacity, ``k`` chosen experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import Tensor
+
+from ...monitors.base import StepState
+from ...views import RoutingRule
+from ..taps import Passes, RouterTap
+
+
+def gate_rule(gate: TopKGate) -> RoutingRule:
+    """How a gate chooses."""
+    return RoutingRule(
+        score="softmax", top_k=gate.k, chooses_by="host" if noisy(gate) else "scores"
+    )
+
+
+def noisy(gate: TopKGate) -> bool:
+    """Whether a gate chooses by more than its scores."""
+    if gate.k == 1:
+        return gate.noisy_gate_policy == "RSample"
+    return gate.k == 2 and gate.top2_2nd_expert_sampling
+
+
+class GateTap(RouterTap):
+    """The tap of one ``TopKGate``: the patch calls it with the logits of each forward.
+
+    A micro-batch is told once, in training only. A noisy gate's logits are told as a copy, since
+    DeepSpeed adds the noise in place, and after the choice, so they carry no gradient.
+    """
+
+    def __init__(self, gate: TopKGate, state: StepState) -> None:
+        super().__init__()
+        self._gate, self._passes = gate, Passes(state)
+        self._after = noisy(gate)
+        self.tells_choice = self._after
+        self._padding: Tensor | None = None
+        # (as they were, the tensor that DeepSpeed may add noise to)
+        self._logits: tuple[Tensor, Tensor] | None = None
+        gate.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if self._after:
+            gate.register_forward_hook(self._after_forward)
+
+    def __call__(self, logits: Tensor) -> None:
+        """The logits of a forward pass, [T, E]."""
+        if not (self.listeners and self._gate.training and self._passes.counts()):
+            return
+        if self._after:
+            self._logits = (logits.detach().clone(), logits.detach())
+        else:
+            self.tell(logits, self._padding)
+
+    def _before_forward(self, gate: TopKGate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        used = kwargs.get("used_token", args[1] if len(args) > 1 else None)
+        self._padding = None if used is None else used == 0
+        self._logits = None
+
+    def _after_forward(self, gate: TopKGate, args: tuple[Any, ...], output: Any) -> None:
+        if self._logits is None:
+            return
+        (clean, noisy), self._logits = self._logits, None
+        self.tell(clean, self._padding, _choice(gate, clean, noisy, output))
+
+
+@torch.no_grad()
+def _choice(gate: TopKGate, clean: Tensor, noisy: Tensor, output: Any) -> Tensor:
+    """Map [T, E] of a noisy gate's choice."""
+    if gate.k == 2:
+        first = F.one_hot(clean.argmax(dim=1), clean.shape[1]).bool()
+        second = noisy.masked_fill(first, float("-inf")).argmax(dim=1)
+        return first | F.one_hot(second, clean.shape[1]).bool()
+    if len(output) == 4:  # dense: (auxiliary loss, weights [T, E, C], map [T, E, C], counts)
+        return output[2].any(dim=2)
+    # sparse: (auxiliary loss, C, E, experts [k, T] or −1, places, weights, counts)
+    experts = output[3].long()
+    chosen = torch.zeros_like(clean, dtype=torch.bool)
+    return chosen.scatter_(1, experts.clamp_min(0).T, (experts >= 0).T)
