@@ -9,6 +9,8 @@ from .accumulate import (
     DirectionWindow,
     direction_bias,
     direction_coherence,
+    direction_energy,
+    direction_energy_limit,
     direction_log_p,
     direction_terms,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "DirectionWindow",
     "direction_bias",
     "direction_coherence",
+    "direction_energy",
+    "direction_energy_limit",
     "direction_log_p",
     "direction_terms",
     "floor",

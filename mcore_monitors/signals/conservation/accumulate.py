@@ -57,8 +57,18 @@ def direction_bias(sums: Tensor) -> Tensor:
 @torch.no_grad()
 def direction_log_p(sums: Tensor) -> Tensor:
     """ln of the bound on P(a healthy kernel gives as large an energy ratio), at most 0."""
-    energy = sums[..., :-3].square().sum(-1) / sums[..., -2]
-    return (math.log(2) - energy / 2).clamp(max=0.0)
+    return (math.log(2) - direction_energy(sums) / 2).clamp(max=0.0)
+
+
+@torch.no_grad()
+def direction_energy(sums: Tensor) -> Tensor:
+    """Energy ratio F from sums [..., d + 3]: [...], about 1 for rounding; NaN without a sequence."""
+    return sums[..., :-3].square().sum(-1) / sums[..., -2]
+
+
+def direction_energy_limit(level: float) -> float:
+    """The energy ratio that a healthy kernel passes with a probability of at most ``level``."""
+    return 2 * math.log(2 / level)
 
 
 class DirectionWindow:
