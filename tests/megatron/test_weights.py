@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcore_monitors.hosts.megatron.weights import main_weight, split_qkv
+from mcore_monitors.hosts.megatron.main_weights import MainWeights
+from mcore_monitors.hosts.megatron.weights_fused import split_qkv
 
 D, d = 6, 3  # hidden size, head dimension
 
@@ -57,18 +58,27 @@ def test_the_split_is_a_view_on_the_live_weight() -> None:
 
 def test_the_main_weight_is_read_where_it_has_the_same_shape() -> None:
     parameter = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
-    assert main_weight(parameter).dtype == torch.bfloat16
+    main = MainWeights(None)
+    assert main.local(parameter).dtype == torch.bfloat16
+    assert main.rounded([parameter])
     parameter.main_param = torch.nn.Parameter(torch.full((4, 6), 1.001))
-    read = main_weight(parameter)
-    assert read.dtype == torch.float32
-    assert read.eq(1.001).all()
-    assert not read.requires_grad
-
-
-def test_a_flat_shard_of_the_main_weight_is_not_read() -> None:
-    parameter = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
-    for shard in (torch.zeros(12), torch.zeros(24), None):
-        parameter.main_param = shard
-        read = main_weight(parameter)
-        assert read.eq(1).all() and tuple(read.shape) == (4, 6)
+    for read in (main.local(parameter), *main([parameter])):
+        assert read.dtype == torch.float32
+        assert read.eq(1.001).all()
         assert not read.requires_grad
+    assert not main.rounded([parameter])
+    assert not main.gathers([parameter])
+
+
+def test_a_flat_shard_without_its_optimizer_is_not_read() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+    parameter.main_param_sharded = True
+    for shard in (torch.zeros(12), torch.zeros(24), torch.zeros(4, 6), None):
+        parameter.main_param = shard
+        for read in (MainWeights(None).local(parameter), *MainWeights(None)([parameter])):
+            assert read.eq(1).all() and tuple(read.shape) == (4, 6)
+            assert not read.requires_grad
+
+
+def test_a_whole_fp32_weight_is_not_called_rounded() -> None:
+    assert not MainWeights(None).rounded([torch.nn.Parameter(torch.ones(2, 2))])

@@ -8,12 +8,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import get_attr_wrapped_model
 
 from ...parallel import GroupSum
 from ...views import ModelView, Replica
+from .main_weights import MainWeights
 from .observed import is_observed
-from .weights import attention_view, router_view
+from .weights import attention_views, router_view
 
 
 class MegatronModel:
@@ -21,17 +23,19 @@ class MegatronModel:
 
     Args:
         chunks: what Megatron's ``setup_model_and_optimizer`` returns: a list of (wrapped) models.
+        optimizer: and its optimizer, which may keep better weights than the model; or None.
 
     Attributes:
         attentions, routers: global layer number to the observed core attention or router.
         view: what monitors may see.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module]) -> None:
+    def __init__(self, chunks: list[torch.nn.Module], optimizer: Any = None) -> None:
         self.groups = get_attr_wrapped_model(chunks[0], "pg_collection", allow_none=True)
         if self.groups is None:
             self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.config = get_attr_wrapped_model(chunks[0], "config", allow_none=False)
+        self._main = MainWeights(optimizer)
         self.attentions: dict[int, Any] = {}
         self.routers: dict[int, Any] = {}
         self.view = self._describe(chunks)
@@ -66,6 +70,8 @@ class MegatronModel:
             activation_dtype=config.params_dtype,
             sequence_length=0,
         )
+        if getattr(config, "multi_latent_attention", False):
+            view.attention_parts = ("nope", "rope")
         replicas = self._dp_cp()
         tp = self.groups.tp
         # a router's weight is the same on all tensor-parallel ranks too
@@ -74,7 +80,7 @@ class MegatronModel:
         )
         for chunk in chunks:
             for module in chunk.modules():
-                if isinstance(module, SelfAttention):
+                if isinstance(module, SelfAttention | MLASelfAttention):
                     self._take_attention(view, module, replicas)
                 elif isinstance(module, Router) and not getattr(module, "is_mtp_layer", False):
                     self._take_router(view, module, router_replicas)
@@ -89,11 +95,16 @@ class MegatronModel:
             )
             return
         self.attentions[layer] = core
-        weights = attention_view(attention, layer, replicas)
+        weights = attention_views(attention, layer, replicas, self._main)
         if isinstance(weights, str):
             view.left_out.append(f"attention updates of layer {layer}: {weights}")
         else:
-            view.attention.append(weights)
+            view.attention += weights
+            if self._main.rounded([p for p in attention.parameters() if p.dim() > 1]):
+                view.left_out.append(
+                    "fp32 main weights of the attention layers: this optimizer shows none, so "
+                    "attention updates are read from 16-bit weights and carry their rounding"
+                )
         reason = _breaks_key_shift(attention)
         if reason is not None:
             view.left_out.append(f"key shift of layer {layer}: {reason}")
@@ -111,7 +122,7 @@ class MegatronModel:
             )
             return
         self.routers[router.layer_number] = router
-        view.routers.append(router_view(router, router.layer_number, replicas))
+        view.routers.append(router_view(router, router.layer_number, replicas, self._main))
 
 
 def _breaks_key_shift(attention: Any) -> str | None:

@@ -22,7 +22,11 @@ from .model import MegatronModel
 
 
 def set_up(
-    config: Config, order: StartOrder | None, chunks: list[torch.nn.Module], scheduler: Any
+    config: Config,
+    order: StartOrder | None,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
 ) -> Runtime:
     """Describe the model, make the runtime, tap the modules, apply remedies.
 
@@ -33,7 +37,7 @@ def set_up(
             loaded, or an ordered remedy can't be applied to this model.
     """
     args = get_args()
-    model = MegatronModel(chunks)
+    model = MegatronModel(chunks, optimizer)
     model.view.sequence_length = args.seq_length
     if not parallel.any_rank(bool(model.attentions or model.routers), model.view.device):
         raise HostError(
