@@ -2,17 +2,20 @@
 
 A window of ``W`` iterations compares weights with those of ``W`` iterations ago, at every multiple
 of its *stride*. The stride grows with the window, so that a window never needs more than
-:data:`SNAPSHOTS` earlier weights, however long it is: windows of 10, 50 and 200 at interval 10 are
-compared every 10, 10 and 40 iterations, and 9 snapshots serve all three instead of 20. Everything
-counts absolute iterations, so a resumed run goes on with the same grid.
+:data:`SNAPSHOTS` earlier weights, however long it is; and a window that no rule judges, which is
+there to be looked at, is compared at every fifth sample only. Windows of 10, 50 (judged) and 200 at
+interval 10 are compared every 50, 10 and 50 iterations, and 8 snapshots serve all three instead of
+20. Everything counts absolute iterations, so a resumed run goes on with the same grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 #: Snapshots that one window needs at most.
 SNAPSHOTS = 5
+#: Samples from one comparison to the next of a window that is recorded only.
+SELDOM = 5
 #: Windows of the default settings, in iterations, before they are brought to the run's grid.
 USUAL = (10, 50, 200)
 #: The window that the band rule judges by default: 10 is noisier, 200 slower.
@@ -29,38 +32,62 @@ def default_judged(windows: Sequence[int]) -> list[int]:
     return [min(windows, key=lambda window: (abs(window - USUAL_JUDGED), window))]
 
 
-def stride(window: int, interval: int) -> int:
-    """Iterations between two comparisons of a window, a multiple of ``interval``."""
+def judged_stride(window: int, interval: int) -> int:
+    """Iterations between two comparisons of a window that is judged, a multiple of ``interval``."""
     return interval * -(-window // (SNAPSHOTS * interval))
-
-
-def compared(windows: Iterable[int], interval: int, iteration: int) -> list[int]:
-    """The windows that are compared at an iteration."""
-    return [window for window in windows if iteration % stride(window, interval) == 0]
-
-
-def is_needed(snapshot: int, now: int, windows: Iterable[int], interval: int) -> bool:
-    """Whether a window will yet be compared, after ``now``, with the weights of ``snapshot``."""
-    return any(
-        snapshot + window > now and (snapshot + window) % stride(window, interval) == 0
-        for window in windows
-    )
-
-
-def most_snapshots(windows: Collection[int], interval: int) -> int:
-    """The largest number of snapshots that are held at once."""
-    period = max(windows)
-    return max(
-        sum(
-            is_needed(snapshot, now, windows, interval)
-            for snapshot in range(now - now % interval, now - period, -interval)
-        )
-        # strides divide into a common cycle; two windows' worth of it shows every phase
-        for now in range(10 * period, 12 * period, interval)
-    )
 
 
 def window_of(signal: str) -> int | None:
     """The window in a signal's name: ``a/b@50`` gives 50, ``a/b`` None."""
-    window = signal.partition("@")[2].partition("/")[0]
+    window = signal.partition("@")[2]
     return int(window) if window else None
+
+
+class Grid:
+    """When the windows of a run are compared, and which snapshots are held for it.
+
+    Args:
+        windows: lengths in iterations, multiples of ``interval``.
+        interval: iterations between two samples.
+        judged: those that a rule judges; None for all.
+    """
+
+    def __init__(
+        self, windows: Collection[int], interval: int, judged: Collection[int] | None = None
+    ) -> None:
+        self.windows, self.interval = sorted(set(windows)), interval
+        self._strides = {
+            window: judged_stride(window, interval)
+            if judged is None or window in judged
+            else max(judged_stride(window, interval), SELDOM * interval)
+            for window in self.windows
+        }
+
+    def stride(self, window: int) -> int:
+        """Iterations between two comparisons of a window."""
+        return self._strides[window]
+
+    def period(self, window: int) -> int:
+        """Iterations between two comparisons that share no step, fit to tell what persists."""
+        stride = max(self._strides[window], SELDOM * self.interval)
+        return stride * -(-window // stride)
+
+    def compared(self, iteration: int) -> list[int]:
+        """The windows that are compared at an iteration."""
+        return [window for window in self.windows if iteration % self._strides[window] == 0]
+
+    def is_needed(self, snapshot: int, now: int) -> bool:
+        """Whether a window will be compared, after ``now``, with the weights of ``snapshot``."""
+        return any(
+            snapshot + window > now and (snapshot + window) % self._strides[window] == 0
+            for window in self.windows
+        )
+
+    def most_snapshots(self) -> int:
+        """The largest number of snapshots that are held at once."""
+        longest = self.windows[-1]
+        cycle = range(longest, 4 * longest * SELDOM, self.interval)
+        return max(
+            sum(self.is_needed(at, now) for at in range(now, now - longest, -self.interval))
+            for now in cycle
+        )

@@ -7,11 +7,10 @@ import pytest
 from mcore_monitors.catalogue import is_judged
 from mcore_monitors.windows import (
     SNAPSHOTS,
-    compared,
+    Grid,
+    default_judged,
     default_windows,
-    is_needed,
-    most_snapshots,
-    stride,
+    judged_stride,
     window_of,
 )
 
@@ -21,32 +20,43 @@ def test_default_windows_are_multiples_and_different(interval: int) -> None:
     windows = default_windows(interval)
     assert windows == sorted(set(windows))
     assert all(window % interval == 0 for window in windows)
+    assert default_judged(windows)[0] in windows
 
 
 def test_strides_are_multiples_that_keep_a_window_to_few_snapshots() -> None:
-    assert [stride(window, 10) for window in (10, 50, 60, 200)] == [10, 10, 20, 40]
+    assert [judged_stride(window, 10) for window in (10, 50, 60, 200)] == [10, 10, 20, 40]
     for interval in (1, 7, 10):
-        for window in range(interval, 60 * interval, interval):
-            step = stride(window, interval)
+        for window in range(interval, 40 * interval, 3 * interval):
+            step = judged_stride(window, interval)
             assert step % interval == 0
-            assert most_snapshots([window], interval) <= SNAPSHOTS
+            assert Grid([window], interval).most_snapshots() <= SNAPSHOTS
             # no finer grid would do with as few
             assert step == interval or window > SNAPSHOTS * (step - interval)
 
 
-def test_what_a_comparison_needs_was_kept_until_then() -> None:
-    windows, interval, held = [30, 70, 200], 10, set()
-    longest = 0
-    for now in range(10, 2000, interval):
-        for window in compared(windows, interval, now):
+def test_a_window_that_is_not_judged_is_compared_at_every_fifth_sample() -> None:
+    grid = Grid([10, 50, 200], 10, [50])
+    assert [grid.compared(iteration) for iteration in (10, 50, 60)] == [[50], [10, 50, 200], [50]]
+    assert grid.most_snapshots() == 8
+
+
+@pytest.mark.parametrize("judged", [None, [70], []])
+def test_what_a_comparison_needs_was_kept_until_then(judged: list[int] | None) -> None:
+    grid, held, longest = Grid([30, 70, 200], 10, judged), set(), 0
+    for now in range(10, 4000, 10):
+        for window in grid.compared(now):
             assert now - window in held or now <= window
-        held = {s for s in held | {now} if is_needed(s, now, windows, interval)}
+        held = {at for at in held | {now} if grid.is_needed(at, now)}
         longest = max(longest, len(held))
-    assert longest == most_snapshots(windows, interval)
+    assert longest == grid.most_snapshots()
 
 
-def test_default_windows_hold_nine_snapshots() -> None:
-    assert most_snapshots([10, 50, 200], 10) == 9
+def test_periods_share_no_step_and_lie_on_the_grid() -> None:
+    for judged in (None, [50], []):
+        grid = Grid([10, 50, 70, 200], 10, judged)
+        for window in grid.windows:
+            assert grid.period(window) >= window
+            assert grid.period(window) % grid.stride(window) == 0
 
 
 def test_window_and_judgement_from_a_name() -> None:

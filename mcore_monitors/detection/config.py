@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mcore_monitors.errors import ConfigError
-from mcore_monitors.windows import stride
+from mcore_monitors.catalogue import SIGNALS
+from mcore_monitors.errors import ConfigError, nearest
+from mcore_monitors.windows import judged_stride
 
 #: A band is not judged with fewer reference samples than this: the median absolute deviation of
 #: fewer is too rough to multiply by six.
@@ -40,8 +41,10 @@ class DetectionConfig:
     """Robust standard deviations from the reference's median that count as a deviation."""
     sustain: int = 3
     """Samples in a row that must deviate before the band rule alarms."""
-    limit: float | None = None
-    """Limit of the conservation residuals (no unit). None: by the number format of the run."""
+    limit: float | dict[str, float] | None = None
+    """Limits of the conservation residuals (no unit): residual → limit, by the number format and
+    sizes of the run for those that are left out. A number holds for all, except for directions
+    (``*_bias``), which are measured in another way. None: all by format and sizes."""
     windows: list[int] | None = None
     """Windows of the update spectra that are judged; the others are recorded only. None: in a run's
     settings the one nearest to 50 iterations (a shorter one is noisier, a longer one slower), and
@@ -53,10 +56,25 @@ class DetectionConfig:
         _integer("lag", self.lag, 0)
         _integer("sustain", self.sustain, 1)
         _number("threshold", self.threshold, 0.0)
-        if self.limit is not None:
+        if isinstance(self.limit, dict):
+            known = [info.name for info in SIGNALS.values() if info.watch == "limit"]
+            for name, limit in self.limit.items():
+                if name not in known:
+                    allowed = "residuals: " + ", ".join(known)
+                    raise ConfigError("detection.limit", name, allowed, nearest(name, known))
+                _number(f"limit.{name}", limit, 0.0)
+        elif self.limit is not None:
             _number("limit", self.limit, 0.0)
         for window in self.windows or ():
             _integer("windows", window, 1)
+
+    def limit_of(self, signal: str, given: float | None) -> float | None:
+        """Return the limit of a residual: as set, else ``given``, that of the run's format."""
+        if isinstance(self.limit, dict):
+            return self.limit.get(signal, given)
+        if self.limit is None or signal.endswith("_bias"):
+            return given
+        return self.limit
 
     def slowest_delay(self, interval: int, windows: Iterable[int] = ()) -> int:
         """Return how many iterations a fault may run before the slowest rule alarms.
@@ -67,4 +85,4 @@ class DetectionConfig:
         """
         # A window may be compared less often than the run is sampled.
         samples = max(self.sustain, 2)
-        return max([samples * interval, *(samples * stride(w, interval) + w for w in windows)])
+        return max([samples * interval, *(samples * judged_stride(w, interval) + w for w in windows)])

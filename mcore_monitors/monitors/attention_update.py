@@ -1,114 +1,235 @@
-"""Attention-update signals: does the QK bilinear update collapse onto few directions?
+"""Attention-update signals: do the updates of queries and keys collapse onto few directions?
 
-Records ``attention/delta2_effective_rank@W`` per head for each window of ``W`` iterations
-(:func:`mcore_monitors.signals.spectra.delta2_effective_rank`).
+Compares the query and key weights of every head with their snapshots of some iterations ago and
+records what :mod:`mcore_monitors.catalogue.attention_update` lists, per window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 
-from ..signals.spectra import delta2_effective_rank
-from ..views import AttentionView, ModelView
-from .base import Monitor, Readings, mean_by_layer
+from ..catalogue import part_name
+from ..signals.direction import leading_directions
+from ..signals.spectra import measures
+from ..signals.spike import spike
+from ..signals.update_spectra import UpdateGrams, spectra_from_grams, update_grams
+from ..views import ModelView
+from ..windows import Grid
+from .attention_shares import Batch, batches, share_out
+from .base import Monitor, Readings
+from .persistence import Persistence
+from .snapshots import Snapshots
+
+#: columns of a spectrum in the packed buffer; the entropy is the logarithm of the effective rank
+_MEASURES = ("effective_rank", "frobenius", "stable_rank")
+_SPIKE = ("spike_strength", "outliers")
+
+
+def _named(matrix: str, *columns: str) -> list[str]:
+    return [f"{matrix}_{column}" for column in columns]
+
+
+#: fields of the packed buffer, for each part, and their columns behind the count
+_FIELDS = {
+    "heads": [
+        *_named("delta2", *_MEASURES),
+        *_named("delta3", *_MEASURES),
+        *_named("query_update", *_MEASURES, *_SPIKE),
+    ],
+    "groups": _named("key_update", *_MEASURES, *_SPIKE),
+    "persistence": ["delta2_direction_overlap", "persistent_spike"],
+}
 
 
 class AttentionUpdateMonitor(Monitor):
-    """Compares the query and key weights with their snapshots of one window ago.
+    """Compares the query and key weights with their snapshots, window by window.
 
-    Query groups are shared out over the ranks that hold the same weights, so both the work and the
-    snapshots of a rank are (QK weights) / (replicas). Snapshots sit at absolute iterations, so that
-    a resumed run continues the same grid; its first readings come one window after the resume.
+    Query groups are shared out over the ranks that hold the same weights: no two of them compute
+    the same head, and both the work and the snapshots of a rank are (QK weights) / (replicas).
+    Comparisons and snapshots sit at absolute iterations (:mod:`mcore_monitors.windows`), so that a
+    resumed run continues the same grid. Snapshots are not saved: the first readings of a window
+    come one window after a start. At a sample where a window is not compared, its signals are
+    absent.
+
+    Snapshots have the number format of the weights as they are read, which loses nothing: fp32 main
+    weights stay fp32, and what exists in bf16 only is kept in bf16. Differences are taken in
+    float64.
 
     Args:
         model: what the host shows.
         windows: window lengths in iterations, each a multiple of ``interval``.
         interval: iterations between samples.
+        judged: windows that a rule judges (:class:`mcore_monitors.windows.Grid`); None for all.
+        parts: all parts (:attr:`.AttentionView.part`) that any rank's views have.
+        collective: whether reading any rank's view needs other ranks.
+        snapshots: where earlier weights are kept.
     """
 
     name = "attention_update"
 
-    def __init__(self, model: ModelView, windows: list[int], interval: int) -> None:
-        self._shape = (model.layers, model.heads)
-        self._windows = sorted(windows)
-        self._depth = self._windows[-1] // interval
-        self._pieces: list[tuple[AttentionView, list[int]]] = []
-        piece = 0
-        for view in model.attention:
-            mine = [g for g in range(view.groups) if view.replica.owns(piece + g)]
-            piece += view.groups
-            if mine:
-                self._pieces.append((view, mine))
-        # iteration -> (W_q [H, d, D], W_k [G, d, D]) of this rank's groups, fp32
-        self._snapshots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(
+        self,
+        model: ModelView,
+        windows: Sequence[int],
+        interval: int,
+        *,
+        judged: Sequence[int] | None = None,
+        parts: Sequence[str] = ("",),
+        collective: bool = False,
+        snapshots: Literal["device", "host"] = "device",
+    ) -> None:
+        self.collective = collective
+        self._layers, self._heads, self._groups = model.layers, model.heads, model.groups
+        self._grid = Grid(windows, interval, judged)
+        self._windows = self._grid.windows
+        self._parts = sorted(parts)
+        self._pieces = share_out(model.attention)
+        self._batches: list[Batch] | None = None
+        self._place, self._device = snapshots, model.device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the snapshots: they are no longer of the past of the present weights."""
+        self._snapshots = Snapshots(self._place, self._device)
+        self._persistence = Persistence()
 
     def schema(self) -> dict[str, tuple[int, ...]]:
-        fields = {}
-        for window in self._windows:
-            fields[f"rank@{window}"] = self._shape
-            fields[f"count@{window}"] = self._shape
+        fields: dict[str, tuple[int, ...]] = {}
+        for part in self._parts:
+            for field, names in _FIELDS.items():
+                units = self._groups if field == "groups" else self._heads
+                fields[f"{field}/{part}"] = len(self._windows), self._layers, units, 1 + len(names)
         return fields
 
     @property
     def snapshot_bytes(self) -> int:
         """Bytes held in snapshots on this rank."""
-        return sum(q.nbytes + k.nbytes for q, k in self._snapshots.values())
+        return self._snapshots.nbytes
 
     @torch.no_grad()
-    def _gather(self) -> tuple[torch.Tensor, torch.Tensor]:
-        queries, keys = [], []
-        for view, groups in self._pieces:
-            wq, wk = view.read()
-            wq = wq.unflatten(0, (view.groups, view.heads_per_group))
-            queries += [wq[g] for g in groups]  # slices: a list as an index would sync a GPU
-            keys += [wk[g] for g in groups]
-        # cat and stack copy, so the snapshot does not follow the live parameters
-        return torch.cat(queries).float(), torch.stack(keys).float()
+    def _read(self) -> list[torch.Tensor]:
+        """This rank's weights as they are now: W_q [H, d, D] and W_k [G, d, D] of each batch."""
+        read = [piece.view.take(piece.groups) for piece in self._pieces]
+        if self._batches is None:
+            self._batches = batches(self._pieces, read, self._heads, self._groups)
+        # cat copies, so a snapshot does not follow the live parameters
+        return [
+            torch.cat([read[i][side] for i in batch.members])
+            for batch in self._batches
+            for side in (0, 1)
+        ]
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        if not self._pieces:
+        due = self._grid.compared(iteration)
+        ready = [window for window in due if iteration - window in self._snapshots]
+        keep = self._grid.is_needed(iteration, iteration)
+        if not self._pieces or not (ready or keep):
             return
-        new = self._gather()
-        ready = [w for w in self._windows if iteration - w in self._snapshots]
+        new = self._read()
         if ready:
-            self._compare(ready, iteration, new, fields)
-        self._snapshots[iteration] = new
-        oldest = iteration - self._windows[-1]
-        for stale in [i for i in self._snapshots if i <= oldest]:
-            del self._snapshots[stale]
+            for number, batch in enumerate(self._batches or ()):
+                self._compare(batch, number, ready, iteration, new, fields)
+        self._snapshots.drop(lambda kept: not self._grid.is_needed(kept, iteration))
+        if keep:
+            self._snapshots.keep(iteration, new)
 
     def _compare(
         self,
-        windows: list[int],
+        batch: Batch,
+        number: int,
+        ready: list[int],
         iteration: int,
-        new: tuple[torch.Tensor, torch.Tensor],
+        new: list[torch.Tensor],
         fields: dict[str, torch.Tensor],
     ) -> None:
-        """Add the effective ranks of all windows into ``fields``, through one batched call.
+        """Add one batch's signals of all windows that are ready into ``fields``.
 
-        One call, because the eigensolver on a GPU waits for the device once a call.
+        All windows go through one call of the eigensolver, which on a GPU waits for the device.
         """
-        old = [self._snapshots[iteration - w] for w in windows]
-        ranks = delta2_effective_rank(
-            torch.cat([q for q, _ in old]),
-            torch.cat([k for _, k in old]),
-            new[0].repeat(len(windows), 1, 1),
-            new[1].repeat(len(windows), 1, 1),
-        ).unflatten(0, (len(windows), -1))
-        for window, row in zip(windows, ranks, strict=True):
-            start = 0
-            for view, groups in self._pieces:
-                n = view.heads_per_group
-                for group in groups:
-                    head = (view.first_group + group) * n
-                    place = (view.layer - 1, slice(head, head + n))
-                    fields[f"rank@{window}"][place] += row[start : start + n]
-                    fields[f"count@{window}"][place] += 1
-                    start += n
+        query, key = 2 * number, 2 * number + 1
+        grams = [
+            update_grams(
+                self._snapshots.get(iteration - window, query),
+                self._snapshots.get(iteration - window, key),
+                new[query],
+                new[key],
+            )
+            for window in ready
+        ]
+        spectra = spectra_from_grams(
+            UpdateGrams(torch.cat([g.query for g in grams]), torch.cat([g.key for g in grams]))
+        )
+        hidden = new[query].shape[-1]
+        in_query, in_key = spike(spectra.query, hidden), spike(spectra.key, hidden)
+        of_heads = spectra.delta2, spectra.delta3, spectra.query
+        by_head = _block(*(column for s in of_heads for column in _columns(s)), *in_query)
+        by_head = by_head.chunk(len(ready))
+        by_group = _block(*_columns(spectra.key), *in_key).chunk(len(ready))
+        for i, window in enumerate(ready):
+            self._add(fields[f"heads/{batch.part}"], window, batch.heads, by_head[i])
+            self._add(fields[f"groups/{batch.part}"], window, batch.groups, by_group[i])
+            if iteration % self._grid.period(window):
+                continue
+            kept = self._persistence.update(
+                number,
+                window,
+                self._grid.period(window),
+                iteration,
+                leading_directions(
+                    grams[i], self._snapshots.get(iteration - window, query), new[query]
+                ),
+                in_query.outliers.chunk(len(ready))[i],
+            )
+            if kept is not None:
+                field = fields[f"persistence/{batch.part}"]
+                self._add(field, window, batch.heads, _block(*kept))
+
+    def _add(
+        self, field: torch.Tensor, window: int, places: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Add rows [n, columns] to their places in a field [windows, layers, units, columns]."""
+        flat = field[self._windows.index(window)].view(-1, field.shape[-1])
+        flat.index_add_(0, places, rows)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
-        return {
-            f"attention/delta2_effective_rank@{window}": by_layer
-            for window in self._windows
-            if (by_layer := mean_by_layer(fields[f"rank@{window}"], fields[f"count@{window}"]))
-        }
+        readings: Readings = {}
+        for part in self._parts:
+            for field, names in _FIELDS.items():
+                readings |= self._by_layer(names, fields[f"{field}/{part}"], part)
+        return readings
+
+    def _by_layer(self, names: Sequence[str], field: torch.Tensor, part: str) -> Readings:
+        """Divide the sums [windows, layers, units, 1 + names] by the counts in their first column.
+
+        What nobody read is left out: a window that was not compared, a layer without attention.
+        """
+        readings: Readings = {}
+        count = field[..., 0]
+        values = (field[..., 1:] / count[..., None]).movedim(-1, 1)
+        for i, window in enumerate(self._windows):
+            layers = [n for n, units in enumerate(count[i].tolist(), start=1) if any(units)]
+            if not layers:
+                continue
+            for name, by_layer in zip(names, values[i], strict=True):
+                rows = by_layer.tolist()
+                signal = f"{part_name(f'attention/{name}', part)}@{window}"
+                readings[signal] = {n: rows[n - 1] for n in layers}
+                if name.endswith("effective_rank"):
+                    entropy = by_layer.log().tolist()
+                    signal = signal.replace("effective_rank", "spectral_entropy")
+                    readings[signal] = {n: entropy[n - 1] for n in layers}
+        return readings
+
+
+def _columns(squared: torch.Tensor) -> list[torch.Tensor]:
+    """The measures of spectra that have a column of their own."""
+    found = measures(squared)
+    return [getattr(found, name) for name in _MEASURES]
+
+
+def _block(*columns: torch.Tensor) -> torch.Tensor:
+    """[units, 1 + columns]: a count of one, then the values."""
+    return torch.stack([torch.ones_like(columns[0]), *columns], dim=1)
