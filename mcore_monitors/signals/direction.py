@@ -1,13 +1,14 @@
-"""The leading direction of an attention update, and whether it is the same from sample to sample.
+"""The leading directions of an attention update, and whether they stay from sample to sample.
 
 A healthy update may be of low rank at every sample, but each time in other directions; a biased
 fault pushes the same way each time (arXiv 2510.04212). So persistence tells the two apart.
 
-The direction is the leading *left* singular vector of Δ2 = ΔW_qᵀ W_k + W_qᵀ ΔW_k, a unit vector of
-the hidden space on the query's side. That side, because a fault in the row term of the softmax
-scales each query row's gradient by a number of fixed sign, and lands in ΔW_q as a sum of the inputs
-of those rows; and because with grouped queries the key's side of Δ2 is shared by the heads of a
-group, the query's side is a head's own.
+The directions are the two leading *left* singular vectors of Δ2 = ΔW_qᵀ W_k + W_qᵀ ΔW_k, in the
+hidden space on the query's side. That side, because a fault in the row term of the softmax scales
+each query row's gradient by a number of fixed sign, and lands in ΔW_q as a sum of the inputs of
+those rows; and because with grouped queries the key's side of Δ2 is shared by the heads of a group,
+the query's side is a head's own. Two, because a push in both ΔW_q and ΔW_k is two directions of
+Δ2, often of much the same strength: which of them leads, or which mixture, is then chance.
 """
 
 from __future__ import annotations
@@ -19,62 +20,67 @@ from torch import Tensor
 
 from .update_spectra import UpdateGrams
 
-#: Vectors and passes of the subspace iteration: of the leading vector (s_9/s_1)^16 is left wrong,
-#: 0.2% for a leading singular value 1.5 times the ninth. A spectrum without a leader has no leading
+#: Directions that are compared.
+COUNT = 2
+
+#: Vectors and passes of the subspace iteration: of the leading vectors (s_9/s_2)^16 is left wrong,
+#: 0.2% for a second singular value 1.5 times the ninth. A spectrum without a leader has no leading
 #: direction to be found exactly.
 _VECTORS = 8
 _PASSES = 8
 
 
 @torch.no_grad()
-def leading_direction(grams: UpdateGrams, wq_old: Tensor, wq_new: Tensor) -> Tensor:
-    """Leading left singular vector of Δ2 of each head, up to sign.
+def leading_directions(grams: UpdateGrams, wq_old: Tensor, wq_new: Tensor) -> Tensor:
+    """The two leading left singular vectors of Δ2 of each head, up to sign.
 
     Args:
         grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`, for the same weights.
         wq_old, wq_new: [H, d, D], query projection at the earlier and the later sample.
 
     Returns:
-        [H, D] in the weights' dtype (float32 for narrower ones), of length one; zero for a head
-        that did not move, NaN for one with a non-finite weight.
+        [H, 2, D] in the weights' dtype (float32 for narrower ones), of length one and at right
+        angles; zero for a head that did not move, NaN for one with a non-finite weight.
 
     Subspace iteration on the Gram matrices, always from the same starting vectors: started from the
-    last sample's direction it would stay near it wherever no direction leads, and persistence
+    last sample's directions it would stay near them wherever no direction leads, and persistence
     would be an artefact. No host sync.
     """
     z = _coefficients(grams)
     d = wq_old.shape[1]
     dtype = torch.promote_types(wq_old.dtype, torch.float32)
     old, new = wq_old.to(dtype), wq_new.to(dtype)
-    update, weight = z[:, None, :d].to(dtype), z[:, None, d:].to(dtype)
+    update, weight = z[..., :d].to(dtype), z[..., d:].to(dtype)
     # u = Aᵀ z = ΔW_qᵀ z_1 + W_qᵀ z_2
-    u = (update @ (new - old) + weight @ old).squeeze(1)
-    length = torch.linalg.vector_norm(u, dim=1, keepdim=True)
-    return u / torch.where(length > 0, length, 1.0)
+    return _unit(update @ (new - old) + weight @ old)
 
 
 def direction_overlap(new: Tensor, old: Tensor) -> Tensor:
-    """|cos| of two directions, from 0 (at right angles) to 1 (the same up to sign).
+    """How much of a direction two samples share, from 0 to 1: |cos| of the angle of two planes.
 
-    Compare two samples whose windows do not overlap, at least one window apart: overlapping windows
-    hold the same steps in part, and their leading directions agree by that alone. Independent
-    random directions in D dimensions have |cos| ≈ 0.8/√D.
+    The largest |cos| between a vector in the plane of the one sample's two leading directions and
+    a vector in the plane of the other's. Compare two samples whose windows do not overlap, at least
+    one window apart: overlapping windows hold the same steps in part, and their leading directions
+    agree by that alone. Two independent random planes in D dimensions have about 1.8/√D.
 
     Args:
-        new, old: [..., D], of any length; a zero vector (no update) overlaps with nothing.
+        new, old: [..., 2, D] of :func:`leading_directions`.
 
     Returns:
-        [...]; NaN where a direction is not finite.
+        [...]; 0 where one did not move, NaN where one is not finite.
     """
-    dot = (new * old).sum(-1).abs()
-    length = torch.linalg.vector_norm(new, dim=-1) * torch.linalg.vector_norm(old, dim=-1)
-    return (dot / torch.where(length > 0, length, 1.0)).clamp(max=1.0)
+    cos = new @ old.mT
+    # Largest singular value of a 2 × 2 matrix, in closed form.
+    total = cos.square().sum((-2, -1))
+    det = cos[..., 0, 0] * cos[..., 1, 1] - cos[..., 0, 1] * cos[..., 1, 0]
+    root = (total.square() - 4 * det.square()).clamp(min=0).sqrt()
+    return ((total + root) / 2).sqrt().clamp(max=1.0)
 
 
 def _coefficients(grams: UpdateGrams) -> Tensor:
-    """z [H, 2d] with Aᵀ z along the leading left singular vector of Δ2, A = [ΔW_q; W_q].
+    """z [H, 2, 2d] with Aᵀ z along the leading left singular vectors of Δ2, A = [ΔW_q; W_q].
 
-    Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z, so z is the leading eigenvector of the small product.
+    Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z, so they are the leading eigenvectors of the small product.
     """
     key = grams.key.repeat_interleave(grams.query.shape[0] // grams.key.shape[0], dim=0)
     length = grams.query.diagonal(dim1=1, dim2=2).sqrt()
@@ -100,19 +106,37 @@ def _coefficients(grams: UpdateGrams) -> Tensor:
     factor, _ = torch.linalg.cholesky_ex(inner)
     half = torch.linalg.solve_triangular(factor, outer, upper=False)
     ritz = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    c = torch.linalg.solve_triangular(factor.mT, _leading_vector(ritz)[:, :, None], upper=True)
-    z = (z @ c).squeeze(2) / divisor
-    return torch.where(finite[:, 0], z, torch.nan)
+    c = torch.linalg.solve_triangular(factor.mT, _leading_vectors(ritz), upper=True)
+    z = (z @ c).mT / divisor[:, None]
+    return torch.where(finite, z, torch.nan)
+
+
+def _leading_vectors(symmetric: Tensor) -> Tensor:
+    """The two leading eigenvectors [n, k, 2] of small positive matrices; ``eigh`` would sync."""
+    first = _leading_vector(symmetric)
+    # The rest of the matrix, at right angles to the first: also where two eigenvalues are so close
+    # that the first is some mixture of their vectors, the two together span the same plane.
+    rest = symmetric - first @ (first.mT @ symmetric)
+    rest = rest - (rest @ first) @ first.mT
+    second = _leading_vector(rest)
+    second = _unit((second - first @ (first.mT @ second)).mT).mT
+    return torch.cat([first, second], dim=2)
 
 
 def _leading_vector(symmetric: Tensor) -> Tensor:
-    """Leading eigenvector [n, k] of small positive matrices by squaring; ``eigh`` would sync."""
+    """Leading eigenvector [n, k, 1] by squaring, of unit length."""
     power = symmetric
     for _ in range(12):
         power = _unit_trace(power)
         power = power @ power
     column = power.diagonal(dim1=1, dim2=2).argmax(1)
-    return power.gather(2, column[:, None, None].expand(-1, power.shape[1], 1)).squeeze(2)
+    vector = power.gather(2, column[:, None, None].expand(-1, power.shape[1], 1))
+    return _unit(vector.mT).mT
+
+
+def _unit(rows: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(length > 0, length, 1.0)
 
 
 def _unit_trace(matrix: Tensor) -> Tensor:

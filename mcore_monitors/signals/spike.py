@@ -75,12 +75,12 @@ def persistent_spike(
     Args:
         outliers: [S, ...], outlying singular values at S samples (:func:`spike`), of one matrix or
             the larger of several.
-        overlaps: [S − 1, ...], overlap of the leading direction of each sample but the first with
-            that of the sample before (:func:`mcore_monitors.signals.direction.direction_overlap`).
+        overlaps: [S − 1, ...], overlap of the leading directions of each sample but the first with
+            those of the sample before (:func:`mcore_monitors.signals.direction.direction_overlap`).
             Samples are at least one window apart, so that no two of them share a step.
         overlap_at_least: |cos| that counts as the same direction. A coherent part of strength s
             in [d, D] noise leaves s²d/(1 + s²d) of it to two samples at D ≫ d: 0.94 at s = 0.5 and
-            d = 64, 0.67 at d = 8. Independent directions have 0.8/√D.
+            d = 64, 0.67 at d = 8. Independent directions have about 1.8/√D.
 
     Returns:
         [...], bool: every sample has an outlying value and every overlap is large enough. Not
