@@ -9,7 +9,7 @@ dimension, ``D`` hidden size, ``E`` experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -155,6 +155,48 @@ class AttentionCall:
         return x.transpose(0, 1) if self.layout == "bshd" else x
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormCall:
+    """One call of a normalisation: input and output, tensors of the graph.
+
+    ``x`` is the norm's own alias of its input, so that its gradient is what flows through the norm
+    alone: in a block the input also feeds the residual connection.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    eps: float
+    #: True for LayerNorm, False for RMSNorm and L2 norms
+    centred: bool
+    #: [D], what is added to the scaled result, or None
+    bias: torch.Tensor | None = None
+
+
+#: norms of a layer in the order of their values; the final one counts to the last layer
+NORMS = ("input", "pre-MLP", "query", "key", "final")
+
+
+@dataclass(kw_only=True)
+class Conserved:
+    """One conservation residual: where it holds, and what sets its floor.
+
+    Everything but ``places`` is the same on every rank.
+    """
+
+    #: values of one layer of the whole model
+    units: int
+    #: number format of the tensors that are looked at
+    dtype: torch.dtype
+    #: channels summed over: head dimension, experts, vocabulary or hidden size; 0 where unknown
+    channels: int
+    #: layers of this rank in which it holds, with (first unit here, number of units here)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+#: the residuals of an attention kernel, in their full names
+ATTENTION_RESIDUALS = ("attention/key_shift", "attention/value_output", "attention/query_key")
+
+
 @dataclass(kw_only=True)
 class ModelView:
     """All that the monitors learn of a model on this rank.
@@ -177,7 +219,38 @@ class ModelView:
     #: parts that the attention views of the whole model come in, the same on every rank
     attention_parts: tuple[str, ...] = ("",)
     routers: list[RouterView] = field(default_factory=list)
-    #: layers whose attention keeps the key-shift identity, with (first local group, groups)
-    key_shift: dict[int, tuple[int, int]] = field(default_factory=dict)
+    #: channels of a query or key, 0 where unknown
+    head_dim: int = 0
+    #: conservation residuals by name, the same names on every rank: those of attention and routers
+    #: are there from the start, a host adds those of norms and of the output
+    conserved: dict[str, Conserved] = field(default_factory=dict)
     #: one sentence for each thing that was found but can't be watched
     left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ATTENTION_RESIDUALS:
+            self.conserved[name] = Conserved(
+                units=self.groups, dtype=self.activation_dtype, channels=self.head_dim
+            )
+        self.conserved["router/shift"] = Conserved(
+            units=1, dtype=self.activation_dtype, channels=self.experts
+        )
+
+    def conserves_attention(
+        self, layer: int, first: int, groups: int, *, but: Collection[str] = ()
+    ) -> None:
+        """Say that a layer's attention keeps its identities.
+
+        Args:
+            layer: global layer number, from 1.
+            first, groups: number of the first query group on this rank, and how many there are.
+            but: names out of :data:`ATTENTION_RESIDUALS` that do not hold here.
+        """
+        for name in ATTENTION_RESIDUALS:
+            if name not in but:
+                self.conserved[name].places[layer] = (first, groups)
+
+    @property
+    def conserves(self) -> bool:
+        """Whether any residual can be watched on this rank."""
+        return any(residual.places for residual in self.conserved.values())

@@ -4,15 +4,110 @@ from __future__ import annotations
 
 from .info import SignalInfo
 
-SIGNALS = (
-    SignalInfo(
-        name="attention/key_shift",
+_OURS = "own derivation (docs/conservation.md)"
+_ATTENTION = (
+    "Megatron-core: tensor, sequence, pipeline and data parallelism, grouped queries, recompute, "
+    "micro-batches; context parallelism below the host; DeepSpeed: Hugging Face attention"
+)
+_MEGATRON = (
+    "Megatron-core: tensor, sequence, pipeline and data parallelism, recompute, micro-batches"
+)
+_DIRECTION = (
+    "‖Σ r‖² / Σ‖r‖² over the sequences of the last 20 samples, r the signed residual of one; "
+    "about 1 for rounding, the number of sequences for a bias"
+)
+
+
+def _residual(
+    name: str, unit: str, formula: str, meaning: str, tested: str, source: str = _OURS
+) -> SignalInfo:
+    return SignalInfo(
+        name=name,
         family="conservation",
-        unit="query group",
+        unit=unit,
         healthy="low",
         watch="limit",
-        formula="mean over sequences of ‖Σ_j dK_j‖ / Σ_j ‖dK_j‖ (no unit; exactly 0 in "
-        "exact arithmetic, because softmax ignores one vector added to all keys)",
-        source="own derivation from the softmax Jacobian; what breaks it: arXiv 2510.04212",
+        formula=formula,
+        source=source,
+        meaning=meaning,
+        tested=tested,
+    )
+
+
+SIGNALS = (
+    _residual(
+        "attention/key_shift",
+        "query group",
+        "mean over sequences of ‖Σ_j dK_j‖ / (Σ_j ‖dK_j‖ + α Σ_i ‖q_i‖·‖dO_i∘O_i‖) (no unit; "
+        "exactly 0, because softmax ignores one vector added to all keys)",
+        "Over its limit: the softmax backward is wrong, as a rule its row term rowsum(dO∘O), or a "
+        "part of dK is missing.",
+        _ATTENTION,
+        "own derivation from the softmax Jacobian; what breaks it: arXiv 2510.04212",
+    ),
+    _residual(
+        "attention/value_output",
+        "query group",
+        "mean over sequences of |⟨V, dV⟩ − ⟨O, dO⟩| / ½(Σ|V∘dV| + Σ|O∘dO|) (no unit; exactly 0, "
+        "because O = P V)",
+        "Over its limit: O is stored or rounded with a bias, or backward uses other probabilities "
+        "than forward.",
+        _ATTENTION,
+    ),
+    _residual(
+        "attention/query_key",
+        "query group",
+        "mean over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| over a scale that can't vanish (no unit; "
+        "exactly 0, because the loss sees Q and K through Q Kᵀ only)",
+        "Over its limit: dQ and dK were not made from the same dS: a lost block, a ring or "
+        "tensor-parallel error, a scale applied once.",
+        _ATTENTION,
+    ),
+    *(
+        _residual(
+            f"attention/{name}_bias",
+            "query group",
+            _DIRECTION,
+            "Over its limit: the residual points the same way sample after sample. Rounding does "
+            "not; a biased kernel does, even where each single residual is within its limit.",
+            _ATTENTION,
+            "own derivation; bound of Pinelis, Ann. Probab. 22 (1994) 1679",
+        )
+        for name in ("key_shift", "value_output", "query_key")
+    ),
+    _residual(
+        "router/shift",
+        "layer",
+        "Σ_t |Σ_e dz_te| / Σ_t Σ_e |dz_te| over tokens t (no unit; exactly 0, because softmax "
+        "ignores one number added to all logits)",
+        "Over its limit: the backward of the router's softmax is wrong, or a part of its gradient "
+        "is missing.",
+        _MEGATRON + ", expert parallelism",
+    ),
+    _residual(
+        "output/vocabulary_shift",
+        "layer",
+        "Σ_t |Σ_v dlogit_tv| / Σ_t Σ_v |dlogit_tv| over tokens t (no unit; exactly 0, because "
+        "cross-entropy ignores one number added to all logits)",
+        "Over its limit: the cross-entropy kernel is wrong, or a reduction over shards of the "
+        "vocabulary.",
+        _MEGATRON,
+    ),
+    _residual(
+        "norm/scale",
+        "norm",
+        "Σ_t |⟨x_t, dx_t⟩ − ⟨y_t − β, dy_t⟩·ε/(m_t + ε)| / Σ_t Σ_c |x_tc dx_tc| over tokens t (no "
+        "unit; exactly 0, because a norm ignores the length of its input)",
+        "Over its limit: the backward of the norm lacks (part of) its projection, or uses other "
+        "statistics than forward.",
+        _MEGATRON,
+    ),
+    _residual(
+        "norm/shift",
+        "norm",
+        "Σ_t |Σ_c dx_tc| / Σ_t Σ_c |dx_tc| over tokens t (no unit; exactly 0, because LayerNorm "
+        "ignores one number added to all channels)",
+        "Over its limit: the backward of LayerNorm does not take the mean off.",
+        _MEGATRON,
     ),
 )

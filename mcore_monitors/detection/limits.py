@@ -37,13 +37,13 @@ class LimitRule:
     """The limit rule over all cells of a run; feed it samples in the order of iterations.
 
     Args:
-        config: its ``limit``, when set, holds for every residual.
+        config: its ``limit``, where set, wins.
         limits: residual (name without window) → limit for the run's number format. A residual with
             neither is not judged.
     """
 
     def __init__(self, config: DetectionConfig, limits: Mapping[str, float] | None = None) -> None:
-        self._everywhere = config.limit
+        self._config = config
         self._limits = dict(limits or {})
         self._cells: dict[tuple[str, int, int], _Cell] = {}
         self.judged: set[str] = set()
@@ -51,9 +51,8 @@ class LimitRule:
 
     def limit(self, signal: str) -> float | None:
         """Return the limit that holds for a signal, or None."""
-        if self._everywhere is not None:
-            return self._everywhere
-        return self._limits.get(base_name(signal))
+        name = base_name(signal)
+        return self._config.limit_of(name, self._limits.get(name))
 
     def update(self, sample: Sample) -> list[Alarm]:
         """Judge one sample and return the alarms that it raised."""

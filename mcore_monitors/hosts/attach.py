@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import parallel
 from ..config import Config
 from ..detection.judge import Judge
 from ..errors import ConfigError
 from ..messages import say
 from ..monitors.attention_update import AttentionUpdateMonitor
-from ..monitors.base import Monitor
+from ..monitors.base import Monitor, StepState
 from ..monitors.conservation import ConservationMonitor
+from ..monitors.conservation.limits import residual_limits
 from ..monitors.router import RouterMonitor
 from ..parallel import GroupSum
 from ..recovery import Recovery
 from ..runtime import Runtime
-from ..signals.conservation import key_shift_limit
 from ..sinks import open_sinks
 from ..views import ModelView
 
@@ -37,33 +35,49 @@ class Progress:
     reports_loss: bool
 
 
-def build_monitors(config: Config, model: ModelView, context: GroupSum) -> list[Monitor]:
+def build_monitors(
+    config: Config, model: ModelView, context: GroupSum, vocabulary: GroupSum | None = None
+) -> list[Monitor]:
     """The monitors that are asked for and for which the model, on any rank, has something.
 
     Raises:
         ConfigError: a monitor is required (``enabled: true``) and the model has nothing for it.
     """
     wanted = config.monitors
+    # all ranks must agree on these, also a pipeline stage that has no attention of its own
+    parts = parallel.union_of_texts([view.part for view in model.attention])
+    collective = parallel.any_rank(any(v.collective for v in model.attention), model.device)
+    gathered_routers = parallel.any_rank(any(v.collective for v in model.routers), model.device)
     candidates = {
         "attention_update": (
             wanted.attention_update.enabled,
             bool(model.attention),
             "attention layer with query and key weights that can be read",
             lambda: AttentionUpdateMonitor(
-                model, wanted.attention_update.windows, config.interval
+                model,
+                wanted.attention_update.windows,
+                config.interval,
+                judged=config.detection.windows,
+                parts=parts,
+                collective=collective,
+                snapshots=wanted.attention_update.snapshots,
             ),
         ),
         "router": (
             wanted.router.enabled,
             bool(model.routers),
             "mixture-of-experts router",
-            lambda: RouterMonitor(model),
+            lambda: RouterMonitor(
+                model,
+                every_step=wanted.router.tokens == "all",
+                collective=gathered_routers,
+            ),
         ),
         "conservation": (
             wanted.conservation.enabled,
-            bool(model.key_shift),
-            "attention that keeps the key-shift identity",
-            lambda: ConservationMonitor(model, context),
+            model.conserves,
+            "attention, norm, router or output layer that keeps its identities",
+            lambda: ConservationMonitor(model, context, vocabulary),
         ),
     }
     monitors = []
@@ -96,14 +110,19 @@ def attach(
     versions: dict[str, str],
     wandb_run: Any = None,
     wandb_rank: int = 0,
+    state: StepState | None = None,
+    vocabulary: GroupSum | None = None,
 ) -> Runtime:
     """Make the runtime of this rank.
 
     Args:
+        context: adds up over the ranks that hold the rest of each sequence.
+        vocabulary: adds up over the ranks that hold the rest of each token's logits.
+        state: shared with taps that were made before, if there are any.
         wandb_run: the host's own W&B writer where this rank has one.
         wandb_rank: the rank that writes to W&B: the host's writer rank, or 0.
     """
-    monitors = build_monitors(config, model, context)
+    monitors = build_monitors(config, model, context, vocabulary)
     writes = parallel.rank() == 0
     sinks = open_sinks(
         config,
@@ -125,6 +144,7 @@ def attach(
         recovery=recovery,
         attempt=progress.attempt,
         reports_loss=progress.reports_loss,
+        state=state,
     )
     # each pipeline stage knows of its own layers only
     for sentence in parallel.union_of_texts(model.left_out):
@@ -147,17 +167,9 @@ def attach(
 
 
 def _limits(config: Config, model: ModelView) -> dict[str, float]:
-    """The limits of conservation residuals: as set, else by number format and sequence length."""
-    if not model.sequence_length:
-        return {}
-    limit = config.detection.limit
-    if limit is None:
-        limit = key_shift_limit(
-            model.activation_dtype,
-            model.sequence_length,
-            tf32=model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        )
-    return {"attention/key_shift": limit}
+    """The limits of conservation residuals: by number format and sizes, and as set."""
+    limits = residual_limits(model)
+    return {name: config.detection.limit_of(name, given) for name, given in limits.items()}
 
 
 def check_run_dir(run_dir: str) -> None:

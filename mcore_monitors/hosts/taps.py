@@ -41,6 +41,28 @@ class Passes:
         return True
 
 
+class Tap:
+    """What an observed norm or output layer tells of the micro-batches of sampled steps.
+
+    Attributes:
+        listeners: each is called with whatever crosses the border.
+    """
+
+    def __init__(self, state: StepState) -> None:
+        self._state = state
+        self._passes = Passes(state)
+        self.listeners: list[Callable[..., None]] = []
+
+    def watches(self) -> bool:
+        """Whether the call in progress is to be told; as for :class:`AttentionTap`."""
+        return bool(self.listeners) and self._state.armed and self._passes.counts()
+
+    def tell(self, *what: object) -> None:
+        """Hand one micro-batch to every listener."""
+        for listener in self.listeners:
+            listener(*what)
+
+
 class RouterTap:
     """What an observed router tells, and to whom.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from ..runtime import Runtime
-from ..views import AttentionCall, ModelView
-from .taps import AttentionTap, RouterTap
+from ..views import ATTENTION_RESIDUALS, ModelView
+from .taps import AttentionTap, RouterTap, Tap
 
 
 def wire(
@@ -17,24 +15,36 @@ def wire(
     model: ModelView,
     attentions: Mapping[int, AttentionTap],
     routers: Mapping[int, RouterTap],
+    norms: Mapping[tuple[int, int], Tap] | None = None,
+    outputs: Mapping[int, Tap] | None = None,
 ) -> None:
     """Let the monitors of a runtime listen, each guarded, so that an error turns it off.
 
     Args:
         model: what the monitors were made of.
-        attentions, routers: taps of this rank by layer number.
+        attentions, routers, outputs: taps of this rank by layer number.
+        norms: taps of this rank by layer number and place in :data:`mcore_monitors.views.NORMS`.
     """
     by_name = {m.name: m for m in runtime.monitors}
     router, conservation = by_name.get("router"), by_name.get("conservation")
     for layer, tap in routers.items():
         if router is not None:
-            tap.listeners.append(partial(runtime.guarded(router, router.on_logits), layer))
+            hook = runtime.guarded(router, router.on_logits, every_step=router.every_step)
+            tap.listeners.append(partial(hook, layer))
+    if conservation is None:
+        return
+    conservation.guard = partial(runtime.guarded, conservation)
+    on_attention = conservation.guard(conservation.on_attention)
     for layer, tap in attentions.items():
-        if conservation is not None and layer in model.key_shift:
-            hook = runtime.guarded(conservation, conservation.on_key_gradient)
-            tap.listeners.append(partial(_hook_key, partial(hook, layer)))
-
-
-def _hook_key(hook: Callable[[torch.Tensor], None], call: AttentionCall) -> None:
-    if call.key.requires_grad:
-        call.key.register_hook(hook)
+        if any(layer in model.conserved[name].places for name in ATTENTION_RESIDUALS):
+            tap.listeners.append(partial(on_attention, layer))
+    on_router = conservation.guard(conservation.on_router)
+    for layer, tap in routers.items():
+        if layer in model.conserved["router/shift"].places:
+            tap.listeners.append(partial(on_router, layer))
+    on_norm = conservation.guard(conservation.on_norm)
+    for (layer, unit), tap in (norms or {}).items():
+        tap.listeners.append(partial(on_norm, layer, unit))
+    on_output = conservation.guard(conservation.on_output)
+    for layer, tap in (outputs or {}).items():
+        tap.listeners.append(partial(on_output, layer))

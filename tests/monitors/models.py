@@ -31,7 +31,7 @@ class TinyModel:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.layers, self.groups, self.heads_per_group = layers, groups, heads_per_group
-        self.experts = experts
+        self.experts, self.head_dim = experts, head_dim
         self._generator = torch.Generator().manual_seed(layers + 10 * groups)
         heads = groups * heads_per_group
         self.query = [self._normal(heads, head_dim, hidden).to(dtype) for _ in range(layers)]
@@ -69,12 +69,13 @@ class TinyModel:
             device=CPU,
             activation_dtype=torch.float32,
             sequence_length=8,
+            head_dim=self.head_dim,
         )
         for layer in layers:
             view.attention.append(self._attention(layer, groups, replica))
             weight = self.router[layer - 1]
             view.routers.append(RouterView(layer=layer, read=lambda w=weight: w, replica=replica))
-            view.key_shift[layer] = (groups.start, len(groups))
+            view.conserves_attention(layer, groups.start, len(groups))
         return view
 
     def _attention(self, layer: int, groups: range, replica: Replica) -> AttentionView:

@@ -9,13 +9,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
 from ...parallel import GroupSum
 from ...views import ModelView, Replica
+from . import identities
+from .graphs import captured
 from .main_weights import MainWeights
 from .observed import is_observed
-from .weights import attention_views, router_view
+from .router_weights import router_view
+from .weights import attention_views
 
 
 class MegatronModel:
@@ -27,6 +30,8 @@ class MegatronModel:
 
     Attributes:
         attentions, routers: global layer number to the observed core attention or router.
+        norms: (global layer number, place in ``views.NORMS``) to a norm that can be watched.
+        outputs: the last layer's number to the output layer, where this rank has it.
         view: what monitors may see.
     """
 
@@ -39,6 +44,14 @@ class MegatronModel:
         self.attentions: dict[int, Any] = {}
         self.routers: dict[int, Any] = {}
         self.view = self._describe(chunks)
+        self.norms = identities.find_norms(chunks, self.view)
+        self.outputs = identities.find_outputs(chunks, self.view)
+        self._vocabulary = identities.vocabulary_group(chunks, self.groups)
+
+    @property
+    def vocabulary(self) -> GroupSum:
+        """Sums over the ranks that share a token's logits."""
+        return GroupSum(self._vocabulary)
 
     @property
     def context(self) -> GroupSum:
@@ -69,7 +82,10 @@ class MegatronModel:
             device=next(chunks[0].parameters()).device,
             activation_dtype=config.params_dtype,
             sequence_length=0,
+            head_dim=identities.head_dim(config),
         )
+        model = unwrap_model(chunks[0])
+        identities.add_identities(view, config, getattr(model, "vocab_size", 0))
         if getattr(config, "multi_latent_attention", False):
             view.attention_parts = ("nope", "rope")
         replicas = self._dp_cp()
@@ -105,14 +121,7 @@ class MegatronModel:
                     "fp32 main weights of the attention layers: this optimizer shows none, so "
                     "attention updates are read from 16-bit weights and carry their rounding"
                 )
-        reason = _breaks_key_shift(attention)
-        if reason is not None:
-            view.left_out.append(f"key shift of layer {layer}: {reason}")
-            return
-        tp = attention.pg_collection.tp
-        groups = max(1, self.config.num_query_groups // tp.size())
-        first = tp.rank() * self.config.num_query_groups // tp.size()
-        view.key_shift[layer] = (first, groups)
+        identities.take_attention(view, attention)
 
     def _take_router(self, view: ModelView, router: Any, replicas: Replica) -> None:
         if not is_observed(router):
@@ -121,17 +130,12 @@ class MegatronModel:
                 "registered spec"
             )
             return
-        self.routers[router.layer_number] = router
+        if captured(self.config, "router"):
+            view.left_out.append(
+                "logits of the routers: a CUDA graph captures the routers, and no hook runs in its "
+                "replay; signals from the routers' weights are complete"
+            )
+        else:
+            self.routers[router.layer_number] = router
+            identities.take_router(view, router)
         view.routers.append(router_view(router, router.layer_number, replicas, self._main))
-
-
-def _breaks_key_shift(attention: Any) -> str | None:
-    """Why Σ_j dK_j = 0 does not hold for this attention, or None where it does."""
-    config = attention.config
-    if getattr(config, "softmax_type", "vanilla") != "vanilla":
-        return f"softmax_type {config.softmax_type!r} adds a term that no key moves"
-    if getattr(config, "multi_latent_attention", False):
-        return "latent attention is not covered yet"
-    if config.fp8_dot_product_attention or config.fp8_multi_head_attention:
-        return "8-bit attention has no known round-off floor"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from ...messages import say
 from ...recovery import StartOrder
 from ...runtime import Runtime
 from ..attach import Progress, attach
-from ..taps import AttentionTap, RouterTap
+from ..observed_norm import observe_norm
+from ..taps import AttentionTap, RouterTap, Tap
 from ..wiring import wire
+from .graphs import captured
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .model import MegatronModel
+from .observed_output import observe_output
+from .router_weights import routing_rule
 
 
 def set_up(
@@ -63,6 +68,7 @@ def set_up(
         },
         wandb_run=get_wandb_writer(),
         wandb_rank=parallel.world_size() - 1 if getattr(args, "wandb_project", "") else 0,
+        vocabulary=model.vocabulary,
     )
     _tap(runtime, model)
     if order is not None:
@@ -84,6 +90,7 @@ def _check_start(order: StartOrder | None, args: Any) -> None:
 def _tap(runtime: Runtime, model: MegatronModel) -> None:
     for module in model.routers.values():
         module.mcore_monitors_tap = RouterTap()
+        module.mcore_monitors_tap.tells_choice = routing_rule(module).chooses_by == "host"
     for module in model.attentions.values():
         module.mcore_monitors_tap = AttentionTap(runtime.state)
     wire(
@@ -91,7 +98,21 @@ def _tap(runtime: Runtime, model: MegatronModel) -> None:
         model.view,
         {layer: module.mcore_monitors_tap for layer, module in model.attentions.items()},
         {layer: module.mcore_monitors_tap for layer, module in model.routers.items()},
+        _tapped(model.norms, observe_norm, runtime),
+        _tapped(model.outputs, observe_output, runtime),
     )
+
+
+def _tapped(
+    modules: dict[Any, torch.nn.Module], observe: Callable[..., None], runtime: Runtime
+) -> dict[Any, Tap]:
+    """Give each module a tap of its own, where the monitor that listens is on."""
+    if all(monitor.name != "conservation" for monitor in runtime.monitors):
+        return {}
+    taps = {place: Tap(runtime.state) for place in modules}
+    for place, module in modules.items():
+        observe(module, taps[place])
+    return taps
 
 
 def _obey(
@@ -167,8 +188,8 @@ def _start_drill(drill: DrillConfig, model: MegatronModel, runtime: Runtime) -> 
 
 
 def _warn_of_graphs(config: Any) -> None:
-    if getattr(config, "cuda_graph_impl", "none") != "none" and parallel.rank() == 0:
+    if captured(config, "attention") and parallel.rank() == 0:
         say(
-            "CUDA graphs are on; Python hooks do not run in their replay, so "
-            "routing entropy and the key shift are missing. Signals from weights are complete."
+            "CUDA graphs capture the attention; Python hooks do not run in their replay, so its "
+            "conservation residuals are missing. Signals from weights are complete."
         )

@@ -1,0 +1,115 @@
+"""What crosses a kernel's border in one micro-batch, until every gradient has come back.
+
+Gradients arrive at different times of the backward pass. Whatever a residual needs is held, as
+tensors without a graph, until the last of it is there; then the residual's terms are taken and the
+tensors are let go. Nothing else refers to a border but the hooks on its own tensors: where a
+gradient never comes it goes with the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ...signals.conservation import (
+    key_shift_terms,
+    norm_scale_terms,
+    norm_shift_terms,
+    query_key_terms,
+    value_output_terms,
+)
+from ...views import AttentionCall, NormCall
+from .terms import Terms
+
+#: wraps a hook so that an error in it turns the monitor off and never reaches the host
+Guard = Callable[[Callable[..., None]], Callable[..., None]]
+#: takes in (signal, terms)
+Deliver = Callable[[str, Terms], None]
+
+_ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
+    "attention/key_shift": (
+        lambda dk, q, o, do: key_shift_terms(dk, query=q, output=o, grad_output=do),
+        ("dk", "q", "o", "do"),
+    ),
+    "attention/value_output": (value_output_terms, ("v", "dv", "o", "do")),
+    "attention/query_key": (query_key_terms, ("q", "dq", "k", "dk")),
+}
+
+
+class AttentionBorder:
+    """Q, K, V and O of one call of an attention kernel, and their gradients as they come.
+
+    Args:
+        call: the tensors of the graph.
+        signals: residuals that hold here.
+        deliver: called with the terms of each, [B, G, ...].
+        guard: wraps the hooks.
+    """
+
+    def __init__(
+        self, call: AttentionCall, signals: list[str], deliver: Deliver, guard: Guard
+    ) -> None:
+        self._deliver = deliver
+        self._open = {signal: _ATTENTION[signal] for signal in signals}
+        tensors = {
+            "q": (call.query, call.heads),
+            "k": (call.key, call.groups),
+            "v": (call.value, call.groups),
+            "o": (call.output, call.heads),
+        }
+        self._have = {n: call.arranged(x.detach(), heads) for n, (x, heads) in tensors.items()}
+        needed = {name for _, names in self._open.values() for name in names}
+        for name, (x, heads) in tensors.items():
+            if f"d{name}" in needed and x.requires_grad:
+                x.register_hook(guard(partial(self._arrived, f"d{name}", call.arranged, heads)))
+
+    def _arrived(
+        self,
+        name: str,
+        arranged: Callable[[torch.Tensor, int], torch.Tensor],
+        heads: int,
+        gradient: torch.Tensor,
+    ) -> None:
+        self._have[name] = arranged(gradient.detach(), heads)
+        for signal, (terms, names) in list(self._open.items()):
+            if all(n in self._have for n in names):
+                del self._open[signal]
+                self._deliver(signal, terms(*(self._have[n] for n in names)))
+        needed = {name for _, names in self._open.values() for name in names}
+        self._have = {n: x for n, x in self._have.items() if n in needed}
+
+
+class NormBorder:
+    """Input and output of one call of a norm, and their gradients as they come.
+
+    Args:
+        call: the tensors of the graph.
+        deliver: called with the terms of ``norm/scale`` and, for LayerNorm, ``norm/shift``.
+        guard: wraps the hooks.
+    """
+
+    def __init__(self, call: NormCall, deliver: Deliver, guard: Guard) -> None:
+        self._deliver = deliver
+        self._x: torch.Tensor | None = call.x.detach()
+        self._y: torch.Tensor | None = call.y.detach()
+        self._form = {"eps": call.eps, "centred": call.centred}
+        self._bias = None if call.bias is None else call.bias.detach()
+        self._dy: torch.Tensor | None = None
+        if call.x.requires_grad and call.y.requires_grad:
+            call.y.register_hook(guard(self._on_output))
+            call.x.register_hook(guard(self._on_input))
+
+    def _on_output(self, gradient: torch.Tensor) -> None:
+        self._dy = gradient.detach()
+
+    def _on_input(self, gradient: torch.Tensor) -> None:
+        if self._dy is None:  # the output was not used, or this is a second backward pass
+            return
+        dx = gradient.detach()
+        terms = norm_scale_terms(self._x, dx, self._y, self._dy, **self._form, bias=self._bias)
+        self._deliver("norm/scale", terms)
+        if self._form["centred"]:
+            self._deliver("norm/shift", norm_shift_terms(dx))
+        self._x = self._y = self._dy = None
