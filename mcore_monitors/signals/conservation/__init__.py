@@ -11,11 +11,17 @@ from .accumulate import (
     direction_coherence,
     direction_energy,
     direction_energy_limit,
+    direction_layer_log_p,
     direction_log_p,
     direction_terms,
 )
 from .floors import RESIDUALS, floor, key_shift_limit, limit
-from .key_shift import key_shift_from_terms, key_shift_terms
+from .key_shift import (
+    key_shift_along,
+    key_shift_directions,
+    key_shift_from_terms,
+    key_shift_terms,
+)
 from .norm_scale import (
     norm_scale_from_terms,
     norm_scale_terms,
@@ -34,9 +40,12 @@ __all__ = [
     "direction_coherence",
     "direction_energy",
     "direction_energy_limit",
+    "direction_layer_log_p",
     "direction_log_p",
     "direction_terms",
     "floor",
+    "key_shift_along",
+    "key_shift_directions",
     "key_shift_from_terms",
     "key_shift_limit",
     "key_shift_terms",

@@ -13,6 +13,14 @@ pushes the same way each time, and ‖Σ r_i‖ grows like n. Two numbers say so
   :func:`direction_log_p`: no calibration, no assumption on the spread over directions. F can't
   exceed n, so a level p needs n ≥ 2 ln(2/p) sequences: 25 for 1e-5.
 
+  Heads round independently, so evidence adds up over the heads of a layer: E exp(λF) ≤
+  (1 − 2λ)^(−1/2) for λ < ½ (write exp(λ‖x‖²) as a mean of exp(√(2λ)⟨g, x⟩) over normal g), the
+  moments of χ² with one degree of freedom, and the sum over H heads obeys Chernoff's bound for χ²
+  with H: P(ΣF ≥ x) ≤ exp(−x/2 + H/2·(1 + ln(x/H))) for x > H (:func:`direction_layer_log_p`).
+
+A tiny bias is no fault: a healthy kernel may have one far below its floor (attention sinks in
+bfloat16, exponentials in float32). Judge the size of the mean as well (:func:`direction_bias`).
+
 All four sums add up over micro-batches, ranks and samples.
 """
 
@@ -62,13 +70,28 @@ def direction_log_p(sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def direction_energy(sums: Tensor) -> Tensor:
-    """Energy ratio F from sums [..., d + 3]: [...], about 1 for rounding; NaN without a sequence."""
+    """Energy ratio F from sums [..., d + 3]: [...], about 1 for rounding, NaN without a term."""
     return sums[..., :-3].square().sum(-1) / sums[..., -2]
 
 
 def direction_energy_limit(level: float) -> float:
     """The energy ratio that a healthy kernel passes with a probability of at most ``level``."""
     return 2 * math.log(2 / level)
+
+
+@torch.no_grad()
+def direction_layer_log_p(sums: Tensor) -> Tensor:
+    """ln of the bound for all heads of a layer together, from sums [..., H, d + 3]: [...].
+
+    The better of Chernoff's bound on the sum over heads (a small bias in many) and the best single
+    head, paid for looking twice and at H heads.
+    """
+    energy = direction_energy(sums)
+    heads = energy.shape[-1]
+    total = energy.sum(-1).clamp(min=heads)
+    together = -total / 2 + heads / 2 * (1 + (total / heads).log())
+    single = direction_log_p(sums).amin(-1) + math.log(heads)
+    return (torch.minimum(together, single) + math.log(2)).clamp(max=0.0)
 
 
 class DirectionWindow:
@@ -91,9 +114,15 @@ class DirectionWindow:
         self._ring[self._next] = sums
         self._next = (self._next + 1) % len(self._ring)
 
-    def sums(self) -> Tensor:
-        """Sums over the window, [units, d + 3]."""
-        return self._ring.sum(0)
+    def sums(self, last: int | None = None) -> Tensor:
+        """Sums over the last samples, all by default, [units, d + 3].
+
+        Short windows see a new fault soon, long ones a small one at all.
+        """
+        if last is None:
+            return self._ring.sum(0)
+        rows = [(self._next - 1 - i) % len(self._ring) for i in range(last)]
+        return self._ring[rows].sum(0)
 
     def clear(self) -> None:
         """Forget all samples, after a rollback for instance."""

@@ -47,7 +47,7 @@ _BFLOAT16 = {
     "query_key": (3.0e-4, 64),
     "router_shift": (1.2e-3, None),
     "vocabulary_shift": (1.2e-3, None),
-    "norm_scale": (5.0e-4, 128),
+    "norm_scale": (7.0e-4, 128),
     "norm_shift": (1.5e-4, 128),
 }
 #: significand bits are 8 and 11

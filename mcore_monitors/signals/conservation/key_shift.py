@@ -95,3 +95,40 @@ def key_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
         gradient is counted and makes the sum NaN.
     """
     return ratio_sums(torch.linalg.vector_norm(signed, dim=-1), scale)
+
+
+@torch.no_grad()
+def key_shift_directions(query: Tensor, output: Tensor, grad_output: Tensor, groups: int) -> Tensor:
+    """Where a wrong row term pushes Σ_j dK_j: Σ_i q_i and Σ_i δ_i q_i, per key head.
+
+    An error err_i in δ_i leaves Σ_j dK_j = −α Σ_i err_i q_i. One that is alike for all rows (an
+    offset) points along −Σ q_i; one that is a share of δ_i (a biased rounding of O) along
+    −Σ δ_i q_i. Rounding noise is spread over more directions than these two, so the residual along
+    them tells a bias from noise with fewer samples, and it is a number instead of a vector.
+
+    Args:
+        query: [S, B, H, d], output and grad_output: [S, B, H, v]; groups: G.
+
+    Returns:
+        [2, B, G, d], sums over the queries at hand: they add up over shards of a sequence.
+    """
+    q = wide(query)
+    delta = (wide(output) * wide(grad_output)).sum(-1, keepdim=True)
+    both = torch.stack([q.sum(0), (delta * q).sum(0)])  # [2, B, H, d]
+    return both.unflatten(2, (groups, -1)).sum(3)
+
+
+@torch.no_grad()
+def key_shift_along(signed: Tensor, directions: Tensor) -> Tensor:
+    """−Σ_j dK_j along each direction of unit length: positive where δ is too large.
+
+    Args:
+        signed: [B, G, d] of :func:`key_shift_terms`; directions: [2, B, G, d] of
+            :func:`key_shift_directions`; both complete over each sequence.
+
+    Returns:
+        [2, B, G], in the units of ``signed``: divide by the scale, or hand both to
+        :func:`mcore_monitors.signals.conservation.direction_terms`.
+    """
+    length = torch.linalg.vector_norm(directions, dim=-1)
+    return -(signed * directions).sum(-1) / torch.where(length != 0, length, 1.0)

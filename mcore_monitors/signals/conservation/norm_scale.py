@@ -16,9 +16,9 @@ dx must be the gradient that flows **through this norm only**: in a pre-norm blo
 residual connection, so hand the norm an alias of x (``x.view_as(x)``) and hook that. Kept by any γ
 (also 1 + γ, ``layernorm_zero_centered_gamma``) and β, sequence parallelism (whole tokens), a loss
 scale. A norm fused with the linear layer behind it doesn't show y: it can't be watched unless
-ε/(m + ε) is negligible (pass ``output=None``; then ε's part is left in). QK-norm: each head is a token here.
-Dropout in front of the norm acts before x. Not kept by norms over a part of the channels unless
-each part is handed in as a token of its own.
+ε/(m + ε) is negligible (pass ``output=None``; then ε's part is left in). QK-norm: each head is a
+token here. Dropout in front of the norm acts before x. Not kept by norms over a part of the
+channels unless each part is handed in as a token of its own.
 
 Shape names: ``D`` channels.
 """

@@ -5,8 +5,8 @@ In formulas dlogit = g·(p − y) with Σ p = Σ y = 1. No paper; ours.
 
 Kept by **label smoothing** (the smoothed target also sums to 1), loss masks and token weights (g),
 logit scaling (a factor), and **vocabulary parallelism** when both sums run over all shards of the
-vocabulary, padded columns too (in Megatron they take part in the softmax). A tied embedding makes no
-difference. Broken by **z-loss** (Σ_v dlogit_v = 2λ·logsumexp), by a **soft
+vocabulary, padded columns too (in Megatron they take part in the softmax). A tied embedding changes
+nothing. Broken by **z-loss** (Σ_v dlogit_v = 2λ·logsumexp), by a **soft
 cap** on logits unless dlogit is taken behind the cap, and by losses that are no function of a
 softmax.
 
