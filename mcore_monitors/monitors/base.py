@@ -38,7 +38,7 @@ class Monitor(ABC):
     #: whether ``collect`` waits for other ranks; then it runs on all of them or on none
     collective: bool = False
 
-    def restart(self) -> None:
+    def restart(self) -> None:  # noqa: B027 (most have nothing to forget)
         """Training goes on from another state: forget what was added up since the last sample."""
 
     @abstractmethod

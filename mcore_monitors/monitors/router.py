@@ -1,8 +1,10 @@
 """Router signals: is the mixture of experts still choosing?
 
-Records ``router/weight_similarity``, ``router/centred_conditioning`` (from the weights, one rank a
-layer), ``router/routing_entropy`` in nats and ``router/routing_entropy_normalised`` (per token,
-over all tokens of the sampled step). Formulas in :mod:`mcore_monitors.signals.router`.
+From the weights, one rank a layer: similarity, conditioning and lengths of the expert rows. From
+the logits of all tokens of training since the last sample, on every rank that routes tokens:
+entropy, prediction, router z, margin, load and agreement with the choice without the expert bias.
+Formulas in :mod:`mcore_monitors.signals.router`, what each says in
+:mod:`mcore_monitors.catalogue.router`.
 """
 
 from __future__ import annotations
@@ -11,71 +13,176 @@ import math
 
 import torch
 
-from ..signals.router import centred_conditioning, routing_entropy_sums, weight_similarity
-from ..views import ModelView
+from ..signals import router as signals
+from ..views import ModelView, RoutingRule
 from .base import Monitor, Readings, mean_by_layer
+from .router_tokens import BINS, EDGES, SUMS, TokenSums
+
+#: quantiles over tokens: suffix of the signal's name to q
+QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
+
+_OF_WEIGHT = {
+    "weight_similarity": signals.weight_similarity,
+    "centred_conditioning": signals.centred_conditioning,
+    "row_norm_spread": signals.row_norm_spread,
+}
+_OF_LOAD = {
+    "load_max_violation": signals.max_violation,
+    "effective_experts": signals.effective_experts,
+    "dead_experts": signals.dead_experts,
+    "underused_experts": signals.underused_experts,
+    "largest_share": signals.largest_share,
+}
 
 
 class RouterMonitor(Monitor):
-    """Watches each router's weight and the logits it gives on sampled steps."""
+    """Watches each router's weight and the logits it gives.
+
+    Args:
+        every_step: whether the tokens of all steps count, or those of sampled steps only; who
+            wires :meth:`on_logits` gives this to ``Runtime.guarded``.
+        collective: whether reading a weight gathers it on some rank; the same on all.
+    """
 
     name = "router"
 
-    def __init__(self, model: ModelView) -> None:
-        self._layers = model.layers
-        self._experts = model.experts
-        self._score = model.router_score
+    def __init__(
+        self, model: ModelView, *, every_step: bool = True, collective: bool = False
+    ) -> None:
+        self.every_step, self.collective = every_step, collective
+        self._layers, self._experts = model.layers, model.experts
         self._views = model.routers
-        self._entropy = {
-            view.layer: torch.zeros(2, dtype=torch.float64, device=model.device)
+        edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float32).to(model.device)
+        default = RoutingRule(score=model.router_score)
+        self._tokens = {
+            view.layer: TokenSums(view, view.rule or default, model.experts, edges)
             for view in model.routers
         }
+        #: layer to the most loaded expert and for how many samples on end it has been that
+        self._holder: dict[int, tuple[int, int]] = {}
+
+    @property
+    def bytes_per_layer(self) -> int:
+        """Device memory that is kept for the layer that needs most."""
+        return max((sums.nbytes for sums in self._tokens.values()), default=0)
 
     def schema(self) -> dict[str, tuple[int, ...]]:
-        layers = (self._layers, 1)
+        layers = self._layers
         return {
-            "similarity": layers,
-            "conditioning": layers,
-            "weights_count": layers,
-            "entropy_sum": layers,
-            "entropy_count": layers,
+            **{name: (layers, 1) for name in ("weights_count", *_OF_WEIGHT)},
+            "sums": (layers, len(SUMS)),
+            "below": (layers, len(EDGES) * BINS),
+            "load": (layers, self._experts),
         }
 
+    def restart(self) -> None:
+        for sums in self._tokens.values():
+            sums.clear()
+        self._holder.clear()
+
     def on_logits(
-        self, layer: int, logits: torch.Tensor, padding: torch.Tensor | None = None
+        self,
+        layer: int,
+        logits: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        routing_map: torch.Tensor | None = None,
     ) -> None:
-        """Take in the logits of one micro-batch, [..., E]; ``padding`` is True at padded tokens."""
-        keep = None if padding is None else ~padding
-        total, count = routing_entropy_sums(logits.detach(), score=self._score, mask=keep)
-        self._entropy[layer][0] += total
-        self._entropy[layer][1] += count
+        """Take in one micro-batch of training.
+
+        Args:
+            layer: global layer number.
+            logits: [..., E].
+            padding: [...], True at padded tokens.
+            routing_map: [..., E] the host's choice, for a rule that chooses by ``host``.
+        """
+        self._tokens[layer].add(logits, padding, routing_map)
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         for piece, view in enumerate(self._views):
             row = view.layer - 1
-            sums = self._entropy[view.layer]
-            fields["entropy_sum"][row] += sums[0]
-            fields["entropy_count"][row] += sums[1]
-            sums.zero_()
-            if view.read is not None and view.replica.owns(piece):
+            tokens = self._tokens[view.layer]
+            fields["sums"][row] += tokens.sums
+            fields["below"][row] += tokens.below.flatten()
+            fields["load"][row] += tokens.load
+            tokens.clear()
+            if view.read is None:
+                continue
+            mine = view.replica.owns(piece)
+            if mine or view.collective:
                 weight = view.read()
-                fields["similarity"][row] += weight_similarity(weight)
-                fields["conditioning"][row] += centred_conditioning(weight)
+            if mine:
+                for name, signal in _OF_WEIGHT.items():
+                    fields[name][row] += signal(weight)
                 fields["weights_count"][row] += 1
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
-        entropy = mean_by_layer(fields["entropy_sum"], fields["entropy_count"])
-        # of one expert there is no choice: 0 of 0 nats
-        nats = math.log(self._experts) if self._experts > 1 else math.nan
-        return {
-            "router/weight_similarity": mean_by_layer(
-                fields["similarity"], fields["weights_count"]
-            ),
-            "router/centred_conditioning": mean_by_layer(
-                fields["conditioning"], fields["weights_count"]
-            ),
-            "router/routing_entropy": entropy,
-            "router/routing_entropy_normalised": {
-                layer: [v / nats for v in values] for layer, values in entropy.items()
-            },
+        readings = {
+            name: mean_by_layer(fields[name], fields["weights_count"]) for name in _OF_WEIGHT
         }
+        sums = dict(zip(SUMS, fields["sums"].split(1, dim=1), strict=True))
+        below = dict(zip(EDGES, fields["below"].split(BINS, dim=1), strict=True))
+        for name, count, total in (
+            ("routing_entropy", "tokens", "entropy"),
+            ("predicted_entropy", "tokens", "predicted_entropy"),
+            ("z", "tokens", "squared_logsumexp"),
+            ("mixing_entropy", "choice_tokens", "mixing_entropy"),
+            ("topk_margin", "margin_tokens", "margin"),
+            ("bias_agreement", "agreement_tokens", "agreement"),
+        ):
+            readings[name] = mean_by_layer(sums[total], sums[count])
+        readings["prediction_gap"] = {
+            layer: [measured[0] - readings["predicted_entropy"][layer][0]]
+            for layer, measured in readings["routing_entropy"].items()
+        }
+        experts = {
+            layer: round(e[0])
+            for layer, e in mean_by_layer(sums["experts"], sums["tokens"]).items()
+        }
+        # of one expert there is no choice: 0 of 0 nats
+        nats = {layer: math.log(e) if e > 1 else math.nan for layer, e in experts.items()}
+        readings["routing_entropy_normalised"] = {
+            layer: [v / nats[layer] for v in values]
+            for layer, values in readings["routing_entropy"].items()
+        }
+        for suffix, q in QUANTILES.items():
+            share = _quantiles("entropy", below, sums["tokens"], q)
+            readings[f"routing_entropy_normalised_{suffix}"] = {
+                layer: [v if nats[layer] > 0 else math.nan for v in values]
+                for layer, values in share.items()
+            }
+            readings[f"routing_entropy_{suffix}"] = {
+                layer: [v * nats[layer] for v in values] for layer, values in share.items()
+            }
+        readings["topk_margin_q05"] = _quantiles(
+            "margin", below, sums["margin_tokens"], 0.05
+        )
+        readings |= self._read_load(fields["load"], experts)
+        return {f"router/{name}": layers for name, layers in readings.items()}
+
+    def _read_load(self, load: torch.Tensor, experts: dict[int, int]) -> Readings:
+        readings: Readings = {name: {} for name in (*_OF_LOAD, "largest_share_held")}
+        for layer, count in experts.items():
+            counts = load[layer - 1, :count]
+            if not counts.sum() > 0:
+                continue
+            for name, signal in _OF_LOAD.items():
+                readings[name][layer] = [signal(counts).item()]
+            readings["largest_share_held"][layer] = [float(self._held(layer, counts))]
+        return readings
+
+    def _held(self, layer: int, load: torch.Tensor) -> int:
+        """For how many samples on end the most loaded expert has been the most loaded one."""
+        expert, samples = self._holder.get(layer, (-1, 0))
+        if expert < 0 or load[expert] < load.max():
+            expert, samples = int(load.argmax()), 0
+        self._holder[layer] = expert, samples + 1
+        return samples + 1
+
+
+def _quantiles(
+    name: str, below: dict[str, torch.Tensor], count: torch.Tensor, q: float
+) -> dict[int, list[float]]:
+    """One quantile a layer; layers without a token are left out."""
+    edges = torch.tensor(EDGES[name], dtype=torch.float64)
+    values = signals.quantile(below[name], count.squeeze(1), edges, q)
+    return {i + 1: [float(v)] for i, v in enumerate(values) if count[i, 0] > 0}

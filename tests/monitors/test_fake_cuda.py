@@ -19,7 +19,7 @@ from mcore_monitors.monitors.base import Monitor
 from mcore_monitors.monitors.conservation import ConservationMonitor
 from mcore_monitors.monitors.router import RouterMonitor
 from mcore_monitors.parallel import GroupSum, Packed
-from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView
+from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView, RoutingRule
 
 CUDA = torch.device("cuda")
 ALONE = Replica()
@@ -83,6 +83,11 @@ def logits(monitor: Monitor) -> None:
         monitor.on_logits(layer, torch.empty(16, 2, 8, device=CUDA, requires_grad=True), padding)
 
 
+def chosen(monitor: Monitor) -> None:
+    z = torch.empty(16, 2, 8, device=CUDA)
+    monitor.on_logits(1, z, routing_map=torch.empty(16, 2, 8, device=CUDA, dtype=torch.bool))
+
+
 def key_gradients(monitor: Monitor) -> None:
     for layer in (2, 1):
         monitor.on_key_gradient(layer, torch.empty(16, 2, 4, 16, device=CUDA, dtype=torch.bfloat16))
@@ -107,11 +112,25 @@ def test_attention_update(dtype: torch.dtype, replica: Replica) -> None:
     assert monitor.snapshot_bytes > 0
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_router(score: str) -> None:
+RULES = {
+    "softmax": RoutingRule(top_k=2, chooses_by="logits"),
+    "all experts": RoutingRule(top_k=8),
+    "sigmoid": RoutingRule(score="sigmoid", top_k=3),
+    "groups": RoutingRule(score="sigmoid", top_k=2, groups=4, top_groups=2, group_sum=2),
+    "host": RoutingRule(top_k=2, chooses_by="host"),
+    "unknown": RoutingRule(),
+}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_router(rule: str, biased: bool) -> None:
     model = view()
-    model.router_score = score
-    one_sample_after_another(RouterMonitor(model), logits)
+    bias = torch.empty(8, device=CUDA) if biased else None
+    model.routers = [replace(v, rule=RULES[rule], bias=lambda: bias) for v in model.routers]
+    monitor = RouterMonitor(model)
+    one_sample_after_another(monitor, chosen if rule == "host" else logits)
+    monitor.restart()
 
 
 @pytest.mark.parametrize("context", [GroupSum(None), Doubling()])
@@ -127,7 +146,8 @@ class RouterOnTheHost(RouterMonitor):
 
     def __init__(self, model: ModelView) -> None:
         super().__init__(model)
-        self._entropy = {layer: sums.cpu() for layer, sums in self._entropy.items()}
+        for tokens in self._tokens.values():
+            tokens.sums = tokens.sums.cpu()
 
 
 class ConservationThatLooks(ConservationMonitor):

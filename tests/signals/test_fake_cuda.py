@@ -8,13 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcore_monitors.faults.attention import attention_row_term
 from mcore_monitors.hosts.safe_attention import safe_attention
+from mcore_monitors.signals import router
 from mcore_monitors.signals.conservation import key_shift_from_terms, key_shift_terms
-from mcore_monitors.signals.direction import direction_overlap, leading_direction
-from mcore_monitors.signals.router import (
-    centred_conditioning,
-    routing_entropy_sums,
-    weight_similarity,
-)
+from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
 from mcore_monitors.signals.update_spectra import update_grams, update_spectra
@@ -54,8 +50,8 @@ def test_spectra(cuda, gram_dtype):
 def test_direction_and_spike(cuda):
     wq, wk = cuda(8, 16, 64, dtype=torch.bfloat16), cuda(2, 16, 64, dtype=torch.bfloat16)
     grams = update_grams(wq, wk, wq, wk)
-    direction = leading_direction(grams, wq, wq)
-    stays_on_card(direction, 8, 64)
+    direction = leading_directions(grams, wq, wq)
+    stays_on_card(direction, 8, 2, 64)
     overlap = direction_overlap(direction, direction)
     stays_on_card(overlap, 8)
     found = spike(cuda(8, 16), 64)
@@ -64,15 +60,40 @@ def test_direction_and_spike(cuda):
     stays_on_card(persistent_spike(found.outliers.expand(3, 8), overlap.expand(2, 8)), 8)
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_router(cuda, score):
-    stays_on_card(weight_similarity(cuda(8, 64, dtype=torch.bfloat16)))
-    stays_on_card(centred_conditioning(cuda(8, 64, dtype=torch.bfloat16)))
-    mask = cuda(16, 2, dtype=torch.bool)
-    for kept in (None, mask):
-        total, count = routing_entropy_sums(cuda(16, 2, 8), score=score, mask=kept)
-        stays_on_card(total)
-        stays_on_card(count)
+    for signal in (
+        router.weight_similarity,
+        router.centred_conditioning,
+        router.row_norm_spread,
+        router.max_violation,
+        router.effective_experts,
+        router.dead_experts,
+        router.underused_experts,
+        router.largest_share,
+    ):
+        stays_on_card(signal(cuda(3, 8, 64, dtype=torch.bfloat16)), 3, *_rows(signal))
+    logits = cuda(32, 8, dtype=torch.bfloat16)
+    log = router.log_scores(logits, score)
+    log_p = router.log_probabilities(log)
+    stays_on_card(router.routing_entropy(log_p), 32)
+    stays_on_card(router.predicted_entropy(log), 32)
+    stays_on_card(router.squared_logsumexp(logits), 32)
+    best, experts = router.choose(
+        router.scores(logits, score), 3, groups=4, top_groups=2, group_sum=2
+    )
+    stays_on_card(router.topk_margin(best, 3), 32)
+    chosen = router.choice_map(experts[:, :3], 8)
+    stays_on_card(router.mixing_entropy(log_p, chosen), 32)
+    stays_on_card(router.bias_agreement(chosen, experts[:, :3]), 32)
+    below = router.count_below(cuda(2, 32), cuda(2, 127))
+    stays_on_card(router.quantile(below, cuda(2), cuda(127), 0.5), 2)
+
+
+def _rows(signal):
+    """Signals of a load reduce one dimension, those of a weight two."""
+    of_weight = (router.weight_similarity, router.centred_conditioning, router.row_norm_spread)
+    return () if signal in of_weight else (8,)
 
 
 def test_key_shift(cuda):

@@ -13,7 +13,7 @@ from .observed import named
 
 @cache
 def observed_router(parent: type) -> type:
-    """Subclass of a Megatron router class that hands its logits to a tap; its choice too, if asked."""
+    """Subclass of a Megatron router class that hands its logits, and its choice, to a tap."""
 
     class Observed(parent):
         mcore_monitors_tap: RouterTap | None = None

@@ -1,0 +1,66 @@
+"""What the router's weight alone tells: directions and lengths of the expert rows.
+
+Definitions of the first two after arXiv 2606.28116.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def weight_similarity(weight: Tensor) -> Tensor:
+    """Mean cosine between the rows of different experts, (E‖mean_i ŵ_i‖² − 1)/(E − 1) (Eq 7).
+
+    The closed form costs E·D instead of E²·D. float64, because for many experts the healthy value
+    is close to zero and comes out as a difference of numbers near one.
+
+    Args:
+        weight: [..., E, D].
+
+    Returns:
+        [...] float64, from −1/(E − 1) to 1. NaN for E = 1, a zero row or a non-finite weight.
+    """
+    w = weight.double()
+    experts = w.shape[-2]
+    unit = w / torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    squared = unit.mean(-2).square().sum(-1)
+    if experts == 1:
+        return torch.full_like(squared, torch.nan)
+    return (experts * squared - 1) / (experts - 1)
+
+
+@torch.no_grad()
+def centred_conditioning(weight: Tensor) -> Tensor:
+    """Largest distance of a row from the mean row, over its length: max_i ‖w_i − w̄‖/‖w̄‖.
+
+    Softmax ignores what all rows have in common, so rows may look alike while routing is healthy;
+    this says how much is left beside the common part. Small: the common part dominates.
+
+    Args:
+        weight: [..., E, D].
+
+    Returns:
+        [...] float64, not negative; infinite where the mean row is zero.
+    """
+    w = weight.double()
+    mean = w.mean(-2, keepdim=True)
+    spread = torch.linalg.vector_norm(w - mean, dim=-1).amax(-1)
+    return spread / torch.linalg.vector_norm(mean, dim=-1).squeeze(-1)
+
+
+@torch.no_grad()
+def row_norm_spread(weight: Tensor) -> Tensor:
+    """Standard deviation of the rows' lengths over their mean: std_i ‖w_i‖ / mean_i ‖w_i‖.
+
+    An expert that wins by the length of its row and not by its direction wins for every token.
+
+    Args:
+        weight: [..., E, D].
+
+    Returns:
+        [...] float64, from 0 (all alike) to √(E − 1) (one row is left). NaN where all are zero.
+    """
+    norms = torch.linalg.vector_norm(weight.double(), dim=-1)
+    return norms.std(-1, correction=0) / norms.mean(-1)

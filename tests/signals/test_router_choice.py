@@ -1,0 +1,138 @@
+"""The choice of experts against loops: top-k, group limits, margin, mixing, agreement, load."""
+
+import math
+
+import pytest
+import torch
+
+from mcore_monitors.signals.router import (
+    bias_agreement,
+    choice_map,
+    choose,
+    dead_experts,
+    effective_experts,
+    largest_share,
+    max_violation,
+    mixing_entropy,
+    topk_margin,
+    underused_experts,
+)
+
+E, T = 8, 40
+
+
+def scores(seed=0, experts=E):
+    return torch.rand(T, experts, generator=torch.Generator().manual_seed(seed))
+
+
+def best_by_loop(row, k):
+    return sorted(range(len(row)), key=lambda e: -row[e])[:k]
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_the_best_and_the_next(k):
+    s = scores()
+    values, experts = choose(s, k)
+    assert values.shape == (T, k + 1)
+    for row, got, value in zip(s.tolist(), experts.tolist(), values.tolist(), strict=True):
+        assert got == best_by_loop(row, k + 1)
+        assert value == [row[e] for e in got]
+    falling = [sorted(row, reverse=True) for row in s.tolist()]
+    margins = [row[k - 1] - row[k] for row in falling]
+    assert topk_margin(values, k).tolist() == pytest.approx(margins, rel=1e-5, abs=1e-7)
+
+
+def test_all_experts_leave_no_next_one():
+    assert choose(scores(), E)[0].shape == (T, E)
+    # two groups of two may be chosen: four experts, and all of them are
+    assert choose(scores(), 4, groups=4, top_groups=2)[0].shape == (T, 4)
+
+
+@pytest.mark.parametrize(("groups", "top_groups", "group_sum"), [(4, 2, 1), (2, 1, 2), (4, 3, 2)])
+def test_group_limited_by_loop(groups, top_groups, group_sum):
+    s, size = scores(), E // groups
+    _, experts = choose(s, 3, groups=groups, top_groups=top_groups, group_sum=group_sum)
+    limited = 0
+    for row, got in zip(s.tolist(), experts.tolist(), strict=True):
+        by_group = [sorted(row[g * size : (g + 1) * size])[-group_sum:] for g in range(groups)]
+        allowed = best_by_loop([sum(best) for best in by_group], top_groups)
+        masked = [x if e // size in allowed else -1.0 for e, x in enumerate(row)]
+        assert got[:3] == best_by_loop(masked, 3)
+        assert all(e // size in allowed for e in got)
+        limited += got[:3] != best_by_loop(row, 3)
+    assert limited > 0
+
+
+def test_all_groups_are_no_limit():
+    free, limited = choose(scores(), 3), choose(scores(), 3, groups=4, top_groups=4)
+    assert torch.equal(free[1], limited[1])
+
+
+def test_a_map_of_the_choice():
+    _, experts = choose(scores(), 2)
+    chosen = choice_map(experts[:, :2], E)
+    for row, got in zip(chosen.tolist(), experts.tolist(), strict=True):
+        assert [e for e in range(E) if row[e] == 1] == sorted(got[:2])
+        assert sum(row) == 2
+
+
+def test_mixing_by_loop_and_by_map():
+    log_p = (5 * scores()).log_softmax(-1)
+    _, experts = choose(log_p, 3)
+    got = mixing_entropy(log_p.gather(1, experts[:, :3]))
+    for value, row, k in zip(got.tolist(), log_p.tolist(), experts.tolist(), strict=True):
+        weights = [math.exp(row[e]) for e in k[:3]]
+        q = [w / sum(weights) for w in weights]
+        assert value == pytest.approx(-sum(x * math.log(x) for x in q), rel=1e-5)
+    chosen = choice_map(experts[:, :3], E)
+    torch.testing.assert_close(mixing_entropy(log_p, chosen), got)
+
+
+def test_mixing_at_its_ends():
+    assert mixing_entropy(torch.zeros(1, 4)).item() == pytest.approx(math.log(4), rel=1e-6)
+    assert mixing_entropy(torch.tensor([[0.0, -500.0]])).item() == 0
+    assert mixing_entropy(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0  # goes nowhere
+
+
+def test_agreement_by_loop():
+    s, bias = scores(), 0.4 * scores(1)[0]
+    _, free = choose(s, 3)
+    _, biased = choose(s + bias, 3)
+    free, biased = free[:, :3], biased[:, :3]
+    got = bias_agreement(choice_map(biased, E), free)
+    want = [
+        len(set(a) & set(b)) / 3 for a, b in zip(free.tolist(), biased.tolist(), strict=True)
+    ]
+    assert got.tolist() == pytest.approx(want)
+    assert 0 < min(want) < 1
+    assert bias_agreement(choice_map(free, E), free).tolist() == [1.0] * T
+
+
+def test_load_by_hand():
+    """Eight experts, 40 choices: mean 5."""
+    load = torch.tensor([12, 8, 5, 5, 5, 4.6, 0.4, 0])
+    assert max_violation(load).item() == pytest.approx(7 / 5)
+    assert largest_share(load).item() == pytest.approx(0.3)
+    assert dead_experts(load).item() == 1 / 8
+    assert underused_experts(load).item() == 2 / 8  # below a tenth of 5
+    shares = [x / 40 for x in load.tolist() if x > 0]
+    want = math.exp(-sum(s * math.log(s) for s in shares))
+    assert effective_experts(load).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_load_at_its_ends():
+    even, one, none = torch.full((E,), 7.0), torch.zeros(E), torch.zeros(E)
+    one[5] = 9
+    ends = {
+        max_violation: (0, E - 1),
+        effective_experts: (E, 1),
+        dead_experts: (0, (E - 1) / E),
+        underused_experts: (0, (E - 1) / E),
+        largest_share: (1 / E, 1),
+    }
+    for signal, (balanced, collapsed) in ends.items():
+        assert signal(even).item() == pytest.approx(balanced, abs=1e-12)
+        assert signal(one).item() == pytest.approx(collapsed)
+        assert signal(none).isnan()
+        assert signal(3 * one).item() == signal(one).item()  # counts matter by their ratios only
+        assert signal(torch.stack([even, one])).shape == (2,)
