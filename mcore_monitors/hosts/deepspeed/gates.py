@@ -1,23 +1,28 @@
 """DeepSpeed's own mixture-of-experts gate, ``TopKGate``: what it hands over, and its rule.
 
 The gate computes its logits inside ``forward``; the patch hands them over there, after the jitter
-of the input and before any noise, on the dense, the sparse and the Tutel path alike. These are the
-logits that weigh the experts' outputs, so they are the ones to watch: the router's scores are a
-softmax of them. The *choice* follows from them too, except with noise: ``RSample`` (top-1) and the
-sampled second expert (top-2, DeepSpeed's default) choose by scores plus Gumbel noise. Then the
-choice is taken from the gate itself. The sampled second expert is found from the noisy logits, before
-capacity is enforced; for ``RSample`` what the gate returns, after tokens over the capacity are
-dropped.
+of the input and before any noise, on the dense, the sparse and the Tutel path alike. Without the
+patch they are taken from the first argument of the function that ``forward`` gives them to. These
+are the logits that weigh the experts' outputs, so they are the ones to watch: the router's scores
+are a softmax of them.
+
+The *choice* follows from them too, except with noise: ``RSample`` (top-1) and the sampled second
+expert (top-2, DeepSpeed's default) choose by scores plus Gumbel noise. Then the choice is taken
+from the gate itself. The sampled second expert is found from the noisy logits, before capacity is
+enforced; for ``RSample`` it is what the gate returns, after tokens over the capacity are dropped.
 
 Shape names: ``T`` tokens, ``E`` experts, ``C`` capacity, ``k`` chosen experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor
 
@@ -55,6 +60,9 @@ class GateTap(RouterTap):
         self._padding: Tensor | None = None
         # (as they were, the tensor that DeepSpeed may add noise to)
         self._logits: tuple[Tensor, Tensor] | None = None
+        self._patched = hasattr(TopKGate, "mcore_monitors_tap")
+        if not self._patched:
+            _watch_gating()
         gate.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         if self._after:
             gate.register_forward_hook(self._after_forward)
@@ -68,16 +76,41 @@ class GateTap(RouterTap):
         else:
             self.tell(logits, self._padding)
 
-    def _before_forward(self, gate: TopKGate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, gate: TopKGate, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         used = kwargs.get("used_token", args[1] if len(args) > 1 else None)
         self._padding = None if used is None else used == 0
         self._logits = None
+        if not self._patched:
+            _in_forward[:] = [self]
 
     def _after_forward(self, gate: TopKGate, args: tuple[Any, ...], output: Any) -> None:
         if self._logits is None:
             return
         (clean, noisy), self._logits = self._logits, None
         self.tell(clean, self._padding, _choice(gate, clean, noisy, output))
+
+
+#: the tap whose gate is in its forward; for DeepSpeed without the patch
+_in_forward: list[GateTap] = []
+
+
+@cache
+def _watch_gating() -> None:
+    """Look at the logits that a gate hands to ``top1gating`` and its like. Once a process."""
+    for name in ("top1gating", "top2gating", "topkgating"):
+        setattr(sharded_moe, name, _watched(getattr(sharded_moe, name)))
+
+
+def _watched(gating: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(gating)
+    def watched(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _in_forward:
+            _in_forward.pop()(logits)
+        return gating(logits, *args, **kwargs)
+
+    return watched
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""All that knows Hugging Face models and models built like them: found by structure, not by name."""
+"""All that knows Hugging Face models, and models built like them, found by their structure."""

@@ -1,4 +1,4 @@
-"""Attention kernels that can stand in for a Hugging Face model's: the safe path, a drill's faulty one.
+"""Kernels to stand in for a Hugging Face model's attention: the safe one and a drill's faulty one.
 
 Both take what transformers gives an attention function, query [B, H, S, d], key and value
 [B, G, T, d] and its mask, and return [B, S, H, d]. Masks come in three kinds: boolean [B, 1, S, T],

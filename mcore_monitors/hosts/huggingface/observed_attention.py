@@ -76,7 +76,7 @@ def _run(
     host: Callable[[], Any],
     kernel_arguments: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> tuple[Tensor, Any]:
-    """(output [B, S, H, d], what else the host's function returned) of the kernel that is to run."""
+    """(output [B, S, H, d], the rest that the host's function returned), of the kernel to run."""
     kernel = tap.kernel()
     if kernel is None:
         output, *rest = host()
