@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...views import AttentionView, Replica, RouterView
+from ...views import AttentionView, Replica
 from .main_weights import MainWeights
 from .weights_fused import fused_view
 from .weights_latent import latent_views
@@ -21,12 +21,3 @@ def attention_views(
         return f"{type(attention).__name__} has no fused QKV weight (linear_qkv)"
     view = fused_view(attention, layer, replica, main)
     return view if isinstance(view, str) else [view]
-
-
-def router_view(router: Any, layer: int, replica: Replica, main: MainWeights) -> RouterView:
-    """A view on a Megatron router's weight [E, D].
-
-    Its directions are far larger than bfloat16's rounding, so flat pieces of the distributed
-    optimizer are not gathered for it.
-    """
-    return RouterView(layer=layer, read=lambda: main.local(router.weight), replica=replica)
