@@ -44,7 +44,13 @@ SCHEMA = {
         "max_attempts": 2,
         "remedies": {},
     },
-    "wandb": {"enabled": "auto", "project": "mcore-monitors", "name": None, "entity": None},
+    "wandb": {
+        "enabled": "auto",
+        "project": "mcore-monitors",
+        "name": None,
+        "entity": None,
+        "signals": "judged",
+    },
     "console": True,
     "drill": None,
 }

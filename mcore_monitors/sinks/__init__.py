@@ -108,11 +108,17 @@ def open_sinks(config: Config, *, local: bool, wandb: bool, wandb_run: Any = Non
         if config.console:
             from mcore_monitors.sinks.console import Console
 
-            parts.append(Console())
+            parts.append(Console(windows=config.detection.windows))
     if wandb and config.wandb.enabled:
         from mcore_monitors.sinks.wandb_sink import open_wandb
 
-        sink = open_wandb(config.wandb, config.run_dir, say=say, writer=wandb_run)
+        sink = open_wandb(
+            config.wandb,
+            config.run_dir,
+            say=say,
+            writer=wandb_run,
+            windows=config.detection.windows,
+        )
         if sink is not None:
             parts.append(sink if local else EventFollower(sink, config.run_dir))
     return Sinks(parts, strict=config.strict)

@@ -21,6 +21,10 @@ class WandbConfig:
     """Name of our own run; by default the name of the run folder."""
     entity: str | None = None
     """User or team; by default the one that the key belongs to."""
+    signals: Literal["judged", "all"] = "judged"
+    """``judged``: what a rule judges, layer by layer, and of everything else three numbers for the
+    whole model. ``all``: everything layer by layer, a few hundred keys a layer. The local history
+    holds every value in any case."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool) and self.enabled != "auto":
@@ -28,6 +32,8 @@ class WandbConfig:
             raise ConfigError("wandb.enabled", self.enabled, "auto, true or false", hint)
         if not _is_text(self.project):
             raise ConfigError("wandb.project", self.project, "a non-empty text")
+        if self.signals not in ("judged", "all"):
+            raise ConfigError("wandb.signals", self.signals, "judged or all")
         for setting in ("name", "entity"):
             value = getattr(self, setting)
             if value is not None and not _is_text(value):

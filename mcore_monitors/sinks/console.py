@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TextIO
 
 from mcore_monitors.sample import Sample
@@ -20,9 +20,13 @@ class Console:
 
     Args:
         stream: where to print; the standard output by default.
+        windows: windows of the update signals that are judged; None for all.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, windows: Collection[int] | None = None
+    ) -> None:
+        self._windows = windows
         self._stream = stream if stream is not None else sys.stdout
         self._colour = self._stream.isatty() and "NO_COLOR" not in os.environ
         self._last_time: float | None = None
@@ -34,9 +38,9 @@ class Console:
             f"loss {number(mean(sample.loss))}",
             f"grad norm {number(largest(sample.grad_norm))}",
         ]
-        if place := _worst(sample, "attention/key_shift"):
+        if place := self._worst(sample, "attention/key_shift"):
             parts.append(f"key shift {number(place.value)} (layer {place.layer})")
-        if place := _worst(sample, "attention/delta2_effective_rank"):
+        if place := self._worst(sample, "attention/delta2_effective_rank"):
             where = f"layer {place.layer} head {place.unit}"
             parts.append(f"Δ2 rank {number(place.value)} ({where})")
         if found := find(sample, "router/routing_entropy"):
@@ -64,6 +68,10 @@ class Console:
     def close(self, exit_code: int = 0) -> None:
         """The stream is not ours to close."""
 
+    def _worst(self, sample: Sample, base: str) -> Place | None:
+        found = find(sample, base, self._windows)
+        return worst(*found) if found else None
+
     def _print(self, line: str, style: str | None = None) -> None:
         if self._colour and style:
             line = f"\x1b[{style}m{line}\x1b[0m"
@@ -72,8 +80,3 @@ class Console:
         safe = line.encode(encoding, errors="replace").decode(encoding)
         self._stream.write(safe + "\n")
         self._stream.flush()
-
-
-def _worst(sample: Sample, base: str) -> Place | None:
-    found = find(sample, base)
-    return worst(*found) if found else None

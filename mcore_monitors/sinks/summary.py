@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
-from mcore_monitors.catalogue import SIGNALS, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name, is_judged
 from mcore_monitors.sample import Sample
+from mcore_monitors.windows import window_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,10 @@ class Spread:
     """The values of one layer, NaN left out."""
 
     low: float
+    #: a quarter, half and three quarters of the values lie below
+    quarter: float
     middle: float
+    three_quarters: float
     high: float
 
 
@@ -30,11 +33,25 @@ class Place:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Return smallest, median and largest of the finite values; None when there is none."""
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    """Return smallest, quartiles and largest of the finite values; None when there is none."""
+    ordered = sorted(value for value in values if math.isfinite(value))
+    if not ordered:
         return None
-    return Spread(low=min(finite), middle=median(finite), high=max(finite))
+    return Spread(
+        low=ordered[0],
+        quarter=_quantile(ordered, 0.25),
+        middle=_quantile(ordered, 0.5),
+        three_quarters=_quantile(ordered, 0.75),
+        high=ordered[-1],
+    )
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """The quantile of values in rising order, linear between two of them."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -68,10 +85,19 @@ def worst(signal: str, layers: Mapping[int, Sequence[float]]) -> Place | None:
     return pick(places, key=lambda place: place.value)
 
 
-def find(sample: Sample, base: str) -> tuple[str, Mapping[int, Sequence[float]]] | None:
-    """Return a signal of this base name (the longest window where there are several)."""
+def find(
+    sample: Sample, base: str, windows: Collection[int] | None = None
+) -> tuple[str, Mapping[int, Sequence[float]]] | None:
+    """Return a signal of this base name.
+
+    Args:
+        sample: where to look.
+        base: name without window and part.
+        windows: those that are judged (None: all); of several the longest is taken, and one that is
+            not judged only where there is no other.
+    """
     names = [name for name in sample.signals if base_name(name) == base]
     if not names:
         return None
-    name = max(names, key=lambda name: int("0" + name.partition("@")[2]))
+    name = max(names, key=lambda name: (is_judged(name, windows), window_of(name) or 0))
     return name, sample.signals[name]

@@ -5,9 +5,12 @@ terminal and raises elsewhere; with a key that is wrong or a server that is away
 ``CommError`` within ``init_timeout``; an offline run can be started in the same process afterwards.
 
 Keys. ``monitors/iteration`` is the step metric of everything here, because W&B drops rows whose own
-step is below the last one, which after a rollback is every replayed row. A signal with one value a
-layer is ``<signal>/layer<N>``; a signal over heads or query groups is ``<signal>/layer<N>/min``,
-``/median`` and ``/max``.
+step is below the last one, which after a rollback is every replayed row. Of what a rule judges, a
+signal with one value a layer is ``<signal>/layer<N>``; a signal over heads or query groups is
+``<signal>/layer<N>/min``, ``/p25``, ``/median``, ``/p75``, ``/max`` and ``/worst_head`` or
+``/worst_group``, the number of the one nearest to trouble. Of a residual, which only its largest
+value can make alarm, there are no quartiles. What is recorded only is ``<signal>/min``, ``/median``
+and ``/max`` over the whole model, unless ``wandb.signals`` is ``all``.
 """
 
 from __future__ import annotations
@@ -15,17 +18,17 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from mcore_monitors.catalogue import SIGNALS, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name, is_judged
 from mcore_monitors.files import write_atomically
 from mcore_monitors.sample import Sample
 from mcore_monitors.sinks.config import WandbConfig
-from mcore_monitors.sinks.summary import largest, mean, spread
+from mcore_monitors.sinks.summary import Spread, largest, mean, spread, worst
 from mcore_monitors.sinks.wording import event_text
 
 RUN_ID_FILE = "wandb_run_id"
@@ -50,10 +53,20 @@ class WandbSink:
     Args:
         run: the run.
         own: whether it is ours to finish; the host's own run is not.
+        signals: as ``wandb.signals``.
+        windows: windows of the update signals that are judged; None for all.
     """
 
-    def __init__(self, run: Any, *, own: bool) -> None:
+    def __init__(
+        self,
+        run: Any,
+        *,
+        own: bool,
+        signals: str = "judged",
+        windows: Collection[int] | None = None,
+    ) -> None:
         self._run, self._own = run, own
+        self._signals, self._windows = signals, windows
         self._defined: set[str] = set()
         self._row: int | None = None
         self._alarms = 0
@@ -70,7 +83,8 @@ class WandbSink:
         for name in sample.signals.keys() - self._defined:
             self._run.define_metric(f"{name}/*", step_metric=STEP_METRIC)
             self._defined.add(name)
-        row = {key: value for key, value in keys_of(sample).items() if value is not None}
+        keys = keys_of(sample, signals=self._signals, windows=self._windows)
+        row = {key: value for key, value in keys.items() if value is not None}
         row["monitors/alarms"] = self._alarms
         if self._own:
             self._run.log(row)
@@ -122,8 +136,16 @@ def _line(event: Mapping[str, Any]) -> str:
     return f"iteration {event['iteration']}: {event_text(event)}"
 
 
-def keys_of(sample: Sample) -> dict[str, float | int | None]:
-    """Return a sample's W&B keys and values; None where a value is unknown."""
+def keys_of(
+    sample: Sample, *, signals: str = "judged", windows: Collection[int] | None = None
+) -> dict[str, float | int | None]:
+    """Return a sample's W&B keys and values; None where a value is unknown.
+
+    Args:
+        sample: the sample.
+        signals: ``all``, or ``judged`` for few keys of what is recorded only.
+        windows: windows of the update signals that are judged; None for all.
+    """
     row: dict[str, float | int | None] = {
         STEP_METRIC: sample.iteration,
         "monitors/attempt": sample.attempt,
@@ -134,15 +156,27 @@ def keys_of(sample: Sample) -> dict[str, float | int | None]:
     }
     for name, layers in sample.signals.items():
         info = SIGNALS.get(base_name(name))
+        if signals != "all" and not is_judged(name, windows):
+            everything = spread(value for values in layers.values() for value in values)
+            row |= _keys(name, everything, quartiles=False)
+            continue
         for layer, values in layers.items():
             seen, key = spread(values), f"{name}/layer{layer}"
             if info is not None and info.unit == "layer":
                 row[key] = seen.middle if seen else None
-            else:
-                row[f"{key}/min"] = seen.low if seen else None
-                row[f"{key}/median"] = seen.middle if seen else None
-                row[f"{key}/max"] = seen.high if seen else None
+                continue
+            row |= _keys(key, seen, quartiles=info is None or info.watch != "limit")
+            place = worst(name, {layer: values})
+            if info is not None and info.watch != "record":
+                row[f"{key}/worst_{info.unit.split()[-1]}"] = place.unit if place else None
     return row
+
+
+def _keys(key: str, seen: Spread | None, *, quartiles: bool) -> dict[str, float | None]:
+    names = {"min": "low", "median": "middle", "max": "high"}
+    if quartiles:
+        names |= {"p25": "quarter", "p75": "three_quarters"}
+    return {f"{key}/{name}": getattr(seen, value, None) for name, value in names.items()}
 
 
 def open_wandb(
@@ -151,6 +185,7 @@ def open_wandb(
     *,
     say: Callable[[str], None],
     writer: Any = None,
+    windows: Collection[int] | None = None,
     init_timeout: float = INIT_TIMEOUT,
     finish_timeout: float = FINISH_TIMEOUT,
 ) -> WandbSink | None:
@@ -163,6 +198,7 @@ def open_wandb(
             same group (offline, where W&B cannot resume).
         say: prints one message.
         writer: the host's initialised ``wandb`` module or run, if it has one.
+        windows: windows of the update signals that are judged; None for all.
         init_timeout: seconds that the server may take before we go on offline.
         finish_timeout: seconds that the upload may take at the end.
     """
@@ -180,8 +216,11 @@ def open_wandb(
         run = writer.run if isinstance(writer, ModuleType) else writer
         run = run if run is not None else wandb.run
         if run is not None:
-            return WandbSink(run, own=False)
-        return _own_run(wandb, config, Path(run_dir), say, init_timeout, finish_timeout)
+            return WandbSink(run, own=False, signals=config.signals, windows=windows)
+        run = _own_run(wandb, config, Path(run_dir), say, init_timeout, finish_timeout)
+        if run is None:
+            return None
+        return WandbSink(run, own=True, signals=config.signals, windows=windows)
     except Exception as error:
         say(f"W&B is off: {_short(error)}")
         return None
@@ -194,7 +233,8 @@ def _own_run(
     say: Callable[[str], None],
     init_timeout: float,
     finish_timeout: float,
-) -> WandbSink | None:
+) -> Any:
+    """A W&B run of our own, or None where W&B is disabled."""
     known = wandb.setup().settings
     if known.mode == "disabled":
         say("W&B is off: WANDB_MODE is disabled.")
@@ -221,7 +261,7 @@ def _own_run(
                 settings=wandb.Settings(**settings, **_PATIENCE, init_timeout=init_timeout),
             )
             say(f"W&B: {run.url}")
-            return WandbSink(run, own=True)
+            return run
         except Exception as error:
             why = f"the server could not be used ({_short(error)})"
     # An offline run cannot resume, and `wandb sync` of one id twice would overwrite: a new id each
@@ -233,7 +273,7 @@ def _own_run(
         settings=wandb.Settings(**settings),
     )
     say(f"W&B is offline: {why}. Upload later with: wandb sync {Path(run.dir).parent}")
-    return WandbSink(run, own=True)
+    return run
 
 
 def _stable_id(run_dir: Path) -> str:

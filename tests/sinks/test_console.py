@@ -26,6 +26,18 @@ def test_a_sample_is_one_line_that_names_the_worst_places():
     assert "cost" not in first and second.endswith("cost 1.0%")
 
 
+def test_of_several_windows_the_judged_one_is_told():
+    stream = io.StringIO()
+    several = sample(600)
+    several.signals["attention/delta2_effective_rank@10"] = {1: [2.0]}
+    several.signals["attention/delta2_effective_rank@200"] = {1: [3.0]}
+    Console(stream, windows=[50]).sample(several)
+    Console(stream).sample(several)
+    first, second = stream.getvalue().splitlines()
+    assert "Δ2 rank 4 (layer 1 head 1)" in first
+    assert "Δ2 rank 3 (layer 1 head 0)" in second
+
+
 def test_alarms_stand_out_and_checkpoints_are_silent():
     stream = io.StringIO()
     console = Console(stream)

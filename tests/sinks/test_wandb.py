@@ -52,22 +52,64 @@ def test_key_names_are_frozen_and_few():
         "attention/key_shift/layer1/min",
         "attention/key_shift/layer1/median",
         "attention/key_shift/layer1/max",
+        "attention/key_shift/layer1/worst_group",
         "attention/key_shift/layer2/min",
         "attention/key_shift/layer2/median",
         "attention/key_shift/layer2/max",
+        "attention/key_shift/layer2/worst_group",
         "attention/delta2_effective_rank@50/layer1/min",
         "attention/delta2_effective_rank@50/layer1/median",
         "attention/delta2_effective_rank@50/layer1/max",
+        "attention/delta2_effective_rank@50/layer1/p25",
+        "attention/delta2_effective_rank@50/layer1/p75",
+        "attention/delta2_effective_rank@50/layer1/worst_head",
         "attention/delta2_effective_rank@50/layer2/min",
         "attention/delta2_effective_rank@50/layer2/median",
         "attention/delta2_effective_rank@50/layer2/max",
+        "attention/delta2_effective_rank@50/layer2/p25",
+        "attention/delta2_effective_rank@50/layer2/p75",
+        "attention/delta2_effective_rank@50/layer2/worst_head",
         "router/routing_entropy/layer1",
         "router/routing_entropy/layer2",
     ]
     assert row["attention/delta2_effective_rank@50/layer1/min"] == 4.0
+    assert row["attention/delta2_effective_rank@50/layer1/p25"] == 4.75
     assert row["attention/delta2_effective_rank@50/layer1/median"] == 5.5
+    assert row["attention/delta2_effective_rank@50/layer1/p75"] == 6.25
+    assert row["attention/delta2_effective_rank@50/layer1/worst_head"] == 1
+    assert row["attention/key_shift/layer1/worst_group"] == 1
     assert row["attention/key_shift/layer2/max"] == 1.5e-7
     assert row["monitors/grad_norm_max"] == 1.5
+
+
+def test_what_is_recorded_only_has_three_keys_however_many_layers():
+    values = {layer: [float(layer), 3.0 * layer] for layer in range(1, 41)}
+    full = sample(600)
+    base = len(keys_of(full, windows=[50]))
+    full.signals |= {
+        "attention/delta2_effective_rank@200": values,  # a window that no rule judges
+        "attention/query_update_spike_strength@50": values,
+        "router/unheard_of": values,
+    }
+    row = keys_of(full, windows=[50])
+    assert len(row) == base + 3 * 3
+    for name in ("attention/delta2_effective_rank@200", "router/unheard_of"):
+        three = row[f"{name}/min"], row[f"{name}/median"], row[f"{name}/max"]
+        assert three == (1.0, 30.5, 120.0)
+    everything = keys_of(full, signals="all", windows=[50])
+    assert everything["attention/query_update_spike_strength@50/layer7/max"] == 21.0
+    assert len(everything) > base + 40 * 3 * 5
+
+
+def test_the_setting_reaches_the_run(tmp_path):
+    for signals, there in (("judged", False), ("all", True)):
+        folder = tmp_path / signals
+        sink = open_wandb(WandbConfig(signals=signals), folder, say=Said(), windows=[10])
+        sink.sample(sample(10))
+        sink.close()
+        [row] = wandb_file.history(offline_files(folder)[0])
+        assert ("attention/delta2_effective_rank@50/layer1/min" in row) is there
+        assert ("attention/delta2_effective_rank@50/min" in row) is not there
 
 
 def test_offline_without_a_key_keeps_replayed_rows_and_alarms(tmp_path):
