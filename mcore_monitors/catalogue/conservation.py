@@ -12,9 +12,10 @@ _ATTENTION = (
 _MEGATRON = (
     "Megatron-core: tensor, sequence, pipeline and data parallelism, recompute, micro-batches"
 )
-_DIRECTION = (
-    "‖Σ r‖² / Σ‖r‖² over the sequences of the last 20 samples, r the signed residual of one; "
-    "about 1 for rounding, the number of sequences for a bias"
+_BIAS = (
+    "−ln p (nats): p bounds the probability that rounding alone gives the signed residuals of the "
+    "layer's heads, added up over the last 1, 3 or 10 samples; 0 where no head's mean reaches a "
+    "quarter of the format's floor"
 )
 
 
@@ -66,12 +67,12 @@ SIGNALS = (
     *(
         _residual(
             f"attention/{name}_bias",
-            "query group",
-            _DIRECTION,
+            "layer",
+            _BIAS,
             "Over its limit: the residual points the same way sample after sample. Rounding does "
             "not; a biased kernel does, even where each single residual is within its limit.",
             _ATTENTION,
-            "own derivation; bound of Pinelis, Ann. Probab. 22 (1994) 1679",
+            "own derivation; bound after Pinelis, Ann. Probab. 22 (1994) 1679",
         )
         for name in ("key_shift", "value_output", "query_key")
     ),

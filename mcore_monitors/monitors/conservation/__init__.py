@@ -15,9 +15,8 @@ import torch
 
 from ...parallel import GroupSum
 from ...signals.conservation import (
-    DirectionWindow,
-    direction_energy,
     direction_terms,
+    key_shift_along,
     key_shift_from_terms,
     query_key_from_terms,
     router_shift_terms,
@@ -27,10 +26,10 @@ from ...signals.conservation import (
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
 from ..base import Monitor, Readings, mean_by_layer
 from .border import AttentionBorder, Guard, NormBorder
+from .direction import DIRECTIONS, Directions
+from .limits import smallest_bias
 from .terms import PendingTerms, Terms
 
-#: samples over which directions are added up
-SAMPLES = 20
 _FROM_TERMS = dict(
     zip(
         ATTENTION_RESIDUALS,
@@ -62,20 +61,13 @@ class ConservationMonitor(Monitor):
         self._context = PendingTerms(context)
         self._vocabulary = PendingTerms(vocabulary or GroupSum(None))
         self.collective = context.size > 1 or self._vocabulary.group.size > 1
-        # the query and key heads are always there; a host without them says head_dim 0
-        self._dimension = dict.fromkeys(ATTENTION_RESIDUALS, 1) | {
-            "attention/key_shift": model.head_dim
-        }
         self._buffers = {
             field: torch.zeros(shape, dtype=torch.float64, device=model.device)
             for field, shape in self.schema().items()
         }
-        self._windows = {
-            signal: DirectionWindow(
-                model.layers * model.conserved[signal].units, dimension, SAMPLES
-            )
-            for signal, dimension in self._dimension.items()
-            if dimension
+        self._directions = {
+            signal: Directions(model, signal, smallest_bias(model, signal))
+            for signal in ATTENTION_RESIDUALS
         }
 
     def schema(self) -> dict[str, tuple[int, ...]]:
@@ -83,10 +75,9 @@ class ConservationMonitor(Monitor):
             signal: (2, self._layers, residual.units)
             for signal, residual in self._conserved.items()
         }
-        for signal, dimension in self._dimension.items():
-            if dimension:
-                units = self._conserved[signal].units
-                fields[f"{signal}_bias"] = (self._layers, units, dimension + 3)
+        for signal, directions in DIRECTIONS.items():
+            units = self._conserved[signal].units
+            fields[f"{signal}_bias"] = (self._layers, units, directions, 4)
         return fields
 
     # ---- taps ----
@@ -133,57 +124,49 @@ class ConservationMonitor(Monitor):
         count += terms[1].sum()
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        for signal, layers, signed, scale in self._context.complete():
-            self._add_attention(signal, layers, signed, scale)
-        for signal, layers, signed, scale in self._vocabulary.complete():
-            for layer, *terms in zip(layers, signed, scale, strict=True):
-                self._pool(layer, 0, signal, tuple(terms))
+        for signal, layers, terms in self._context.complete():
+            self._add_attention(signal, layers, terms)
+        for signal, layers, terms in self._vocabulary.complete():
+            for layer, *of_layer in zip(layers, *terms, strict=True):
+                self._pool(layer, 0, signal, tuple(of_layer))
         for name, buffer in self._buffers.items():
             fields[name] += buffer
             buffer.zero_()
 
-    def _add_attention(
-        self, signal: str, layers: list[int], signed: torch.Tensor, scale: torch.Tensor
-    ) -> None:
+    def _add_attention(self, signal: str, layers: list[int], terms: Terms) -> None:
         """Take in complete terms [layers, B, G, ...] of all micro-batches together."""
-        many, groups = len(layers), scale.shape[-1]
-        signed = signed.transpose(0, 1).flatten(1, 2)
-        scale = scale.transpose(0, 1).flatten(1, 2)
-        ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, many, groups)
-        direction = None
-        if signal in self._windows:
-            direction = direction_terms(signed, scale).view(many, groups, -1)
+        # all heads of all layers at once: [B, layers · G, ...]
+        signed, scale, *rest = (term.transpose(0, 1).flatten(1, 2) for term in terms)
+        shape = (len(layers), terms[1].shape[-1])
+        ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, *shape)
+        if rest:
+            signed = key_shift_along(signed, rest[0].permute(2, 0, 1, 3)).permute(1, 2, 0)
+        else:
+            signed = signed.unsqueeze(-1)
+        directions = signed.shape[-1]
+        along = direction_terms(
+            signed.flatten(1), scale.unsqueeze(-1).expand_as(signed).flatten(1)
+        ).view(*shape, directions, 4)
         for i, layer in enumerate(layers):
             first = self._conserved[signal].places[layer][0]
-            here = slice(first, first + groups)
+            here = slice(first, first + shape[1])
             self._buffers[signal][:, layer - 1, here] += ratio[:, i]
-            if direction is not None:
-                self._buffers[f"{signal}_bias"][layer - 1, here] += direction[i]
+            self._buffers[f"{signal}_bias"][layer - 1, here] += along[i]
 
     def restart(self) -> None:
         for pending in (self._context, self._vocabulary):
             pending.clear()
         for buffer in self._buffers.values():
             buffer.zero_()
-        for window in self._windows.values():
-            window.clear()
+        for directions in self._directions.values():
+            directions.clear()
 
     # ---- readings ----
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings = {signal: mean_by_layer(*fields[signal]) for signal in self._conserved}
-        for signal, window in self._windows.items():
+        for signal, directions in self._directions.items():
             name = f"{signal}_bias"
-            sums = fields[name].flatten(0, 1)
-            # a step whose gradients overflowed must not blind the window for all its samples
-            finite = sums.isfinite().all(-1, keepdim=True)
-            window.add(torch.where(finite, sums, 0.0))
-            total = window.sums().view_as(fields[name])
-            count = fields[signal][1] > 0
-            energy = direction_energy(total)
-            readings[name] = {
-                layer + 1: energy[layer].tolist()
-                for layer in range(self._layers)
-                if count[layer].any()
-            }
+            evidence = directions.add(fields[name])
+            readings[name] = {layer: evidence[layer] for layer in readings[signal]}
         return readings

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ...signals.conservation import (
+    key_shift_directions,
     key_shift_terms,
     norm_scale_terms,
     norm_shift_terms,
@@ -28,11 +29,17 @@ Guard = Callable[[Callable[..., None]], Callable[..., None]]
 #: takes in (signal, terms)
 Deliver = Callable[[str, Terms], None]
 
+
+
+def _key_shift(dk: torch.Tensor, q: torch.Tensor, o: torch.Tensor, do: torch.Tensor) -> Terms:
+    """The key shift's terms and, [B, G, 2, d], the directions that a wrong row term has."""
+    directions = key_shift_directions(q, o, do, dk.shape[2])
+    terms = key_shift_terms(dk, query=q, output=o, grad_output=do)
+    return (*terms, directions.permute(1, 2, 0, 3))
+
+
 _ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
-    "attention/key_shift": (
-        lambda dk, q, o, do: key_shift_terms(dk, query=q, output=o, grad_output=do),
-        ("dk", "q", "o", "do"),
-    ),
+    "attention/key_shift": (_key_shift, ("dk", "q", "o", "do")),
     "attention/value_output": (value_output_terms, ("v", "dv", "o", "do")),
     "attention/query_key": (query_key_terms, ("q", "dq", "k", "dk")),
 }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ...signals.conservation import direction_energy_limit, limit
+from ...signals.conservation import floor, limit
 from ...views import ATTENTION_RESIDUALS, ModelView
+from .direction import DIRECTIONS, WINDOWS
 
 _RESIDUAL = {
     "attention/key_shift": "key_shift",
@@ -18,27 +21,37 @@ _RESIDUAL = {
 }
 #: false alarms of all directions of a run together, a sample
 _LEVEL = 1e-5
+#: a bias counts from this part of the floor on
+_LEAST_BIAS = 0.25
+#: where a host does not say how many channels are summed over
+_CHANNELS = 64
 
 
 def residual_limits(model: ModelView) -> dict[str, float]:
     """Signal to limit, the same on every rank; empty where the sequence length is not known.
 
-    The limit of a direction's energy ratio is set by theory for all cells of the run together: at
-    most one healthy sample in 10⁵ has one over it (an alarm takes two samples in a row).
+    The limit of a bias is set by theory for all that is looked at in a sample together: at most
+    one healthy sample in 10⁵ has evidence over it (an alarm takes two samples in a row).
     """
     if not model.sequence_length:
         return {}
     tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     limits = {
-        signal: limit(
-            _RESIDUAL[signal],
-            residual.dtype,
-            model.sequence_length,
-            residual.channels or 64,
-            tf32=tf32,
-        )
-        for signal, residual in model.conserved.items()
+        signal: limit(_RESIDUAL[signal], *_sizes(model, signal), tf32=tf32)
+        for signal in model.conserved
     }
-    cells = model.layers * sum(model.conserved[name].units for name in ATTENTION_RESIDUALS)
-    energy = direction_energy_limit(_LEVEL / cells)
-    return limits | {f"{name}_bias": energy for name in ATTENTION_RESIDUALS}
+    tests = model.layers * len(WINDOWS) * sum(DIRECTIONS.values())
+    evidence = math.log(tests / _LEVEL)
+    return limits | {f"{name}_bias": evidence for name in ATTENTION_RESIDUALS}
+
+
+def smallest_bias(model: ModelView, signal: str) -> float:
+    """Size of a mean residual from which a bias counts; nothing where no limit is known."""
+    if not model.sequence_length:
+        return math.inf
+    return _LEAST_BIAS * floor(_RESIDUAL[signal], *_sizes(model, signal))
+
+
+def _sizes(model: ModelView, signal: str) -> tuple[torch.dtype, int, int]:
+    residual = model.conserved[signal]
+    return residual.dtype, model.sequence_length, residual.channels or _CHANNELS

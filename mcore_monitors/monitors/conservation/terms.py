@@ -15,8 +15,8 @@ import torch
 
 from ...parallel import GroupSum
 
-#: (signed [B, ...], scale [B, ...]) of one call
-Terms = tuple[torch.Tensor, torch.Tensor]
+#: sums [B, ...] of one call, the signed residual first and its scale second
+Terms = tuple[torch.Tensor, ...]
 
 
 class PendingTerms:
@@ -38,8 +38,8 @@ class PendingTerms:
         """Forget them."""
         self._terms.clear()
 
-    def complete(self) -> Iterator[tuple[str, list[int], torch.Tensor, torch.Tensor]]:
-        """Empty it: (signal, layers, signed, scale), a layer's calls behind one another.
+    def complete(self) -> Iterator[tuple[str, list[int], Terms]]:
+        """Empty it: (signal, layers, terms), a layer's calls behind one another.
 
         Layers with terms of one shape come together, [layers, B, ...]. Every rank of the group
         calls it with terms of the same signals, layers and shapes, in any order of arrival.
@@ -54,16 +54,15 @@ class PendingTerms:
         if self.group.size > 1 and whole:
             flat = [part for terms in whole for part in terms]
             total = self.group(torch.cat([part.flatten() for part in flat]))
-            pieces = total.split([part.numel() for part in flat])
-            summed = [piece.view_as(part) for piece, part in zip(pieces, flat, strict=True)]
-            whole = list(zip(summed[::2], summed[1::2], strict=True))
-        alike = sorted(zip(keys, whole, strict=True), key=lambda item: _kind(item))
+            pieces = iter(total.split([part.numel() for part in flat]))
+            whole = [tuple(next(pieces).view_as(part) for part in terms) for terms in whole]
+        alike = sorted(zip(keys, whole, strict=True), key=_kind)
         for (signal, _), items in groupby(alike, key=_kind):
             listed = list(items)
-            signed, scale = (torch.stack(parts) for parts in zip(*(t for _, t in listed), strict=True))
-            yield signal, [layer for (_, layer), _ in listed], signed, scale
+            stacked = tuple(torch.stack(t) for t in zip(*(t for _, t in listed), strict=True))
+            yield signal, [layer for (_, layer), _ in listed], stacked
 
 
 def _kind(item: tuple[tuple[str, int], Terms]) -> tuple[str, tuple[int, ...]]:
-    (signal, _), (signed, _) = item
-    return signal, tuple(signed.shape)
+    (signal, _), terms = item
+    return signal, tuple(terms[0].shape)
