@@ -179,7 +179,11 @@ class AttentionUpdateMonitor(Monitor):
                 self._grid.period(window),
                 iteration,
                 leading_directions(
-                    grams[i], self._snapshots.get(iteration - window, query), new[query]
+                    grams[i],
+                    self._snapshots.get(iteration - window, query),
+                    self._snapshots.get(iteration - window, key),
+                    new[query],
+                    new[key],
                 ),
                 in_query.outliers.chunk(len(ready))[i],
             )

@@ -41,7 +41,7 @@ class Persistence:
 
         Args:
             batch, window: whose it is.
-            direction: [H, 2, D], leading directions of each head's update.
+            direction: [H, 2, 2, D], leading directions of each head's update.
             outliers: [H], outlying singular values of each head's update.
 
         Returns:

@@ -3,12 +3,11 @@
 A healthy update may be of low rank at every sample, but each time in other directions; a biased
 fault pushes the same way each time (arXiv 2510.04212). So persistence tells the two apart.
 
-The directions are the two leading *left* singular vectors of Δ2 = ΔW_qᵀ W_k + W_qᵀ ΔW_k, in the
-hidden space on the query's side. That side, because a fault in the row term of the softmax scales
-each query row's gradient by a number of fixed sign, and lands in ΔW_q as a sum of the inputs of
-those rows; and because with grouped queries the key's side of Δ2 is shared by the heads of a group,
-the query's side is a head's own. Two, because a push in both ΔW_q and ΔW_k is two directions of
-Δ2, often of much the same strength: which of them leads, or which mixture, is then chance.
+The directions are the leading singular vectors of Δ2 = ΔW_qᵀ W_k + W_qᵀ ΔW_k, left ones in the
+hidden space of the query's token and right ones in that of the key's. Both sides, because one alone
+may be confined: where ΔW_k leads, the left vector lies in the d rows of W_q, and chance finds it
+again with |cos| near 1/√d. Two vectors a side, because a push in both ΔW_q and ΔW_k is two
+directions of Δ2, often of much the same strength: which of them leads, or which mixture, is chance.
 """
 
 from __future__ import annotations
@@ -31,40 +30,44 @@ _PASSES = 8
 
 
 @torch.no_grad()
-def leading_directions(grams: UpdateGrams, wq_old: Tensor, wq_new: Tensor) -> Tensor:
-    """The two leading left singular vectors of Δ2 of each head, up to sign.
+def leading_directions(
+    grams: UpdateGrams, wq_old: Tensor, wk_old: Tensor, wq_new: Tensor, wk_new: Tensor
+) -> Tensor:
+    """The two leading singular vectors of Δ2 of each head on either side, up to sign.
 
     Args:
         grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`, for the same weights.
         wq_old, wq_new: [H, d, D], query projection at the earlier and the later sample.
+        wk_old, wk_new: [G, d, D], key projection.
 
     Returns:
-        [H, 2, D] in the weights' dtype (float32 for narrower ones), of length one and at right
-        angles; zero for a head that did not move, NaN for one with a non-finite weight.
+        [H, 2, 2, D] (left and right, first and second) in the weights' dtype (float32 for narrower
+        ones), of length one and at right angles; zero for a head that did not move, NaN for one
+        with a non-finite weight.
 
     Subspace iteration on the Gram matrices, always from the same starting vectors: started from the
     last sample's directions it would stay near them wherever no direction leads, and persistence
     would be an artefact. No host sync.
     """
-    z = _coefficients(grams)
-    d = wq_old.shape[1]
-    dtype = torch.promote_types(wq_old.dtype, torch.float32)
-    old, new = wq_old.to(dtype), wq_new.to(dtype)
-    update, weight = z[..., :d].to(dtype), z[..., d:].to(dtype)
-    # u = Aᵀ z = ΔW_qᵀ z_1 + W_qᵀ z_2
-    return _unit(update @ (new - old) + weight @ old)
+    left, right = _coefficients(grams)
+    sides = (
+        _combined(left, wq_old, wq_new, weight_at=1),
+        _combined(right, wk_old, wk_new, weight_at=0),
+    )
+    return _unit(torch.stack(sides, dim=1))
 
 
 def direction_overlap(new: Tensor, old: Tensor) -> Tensor:
     """How much of a direction two samples share, from 0 to 1: |cos| of the angle of two planes.
 
-    The largest |cos| between a vector in the plane of the one sample's two leading directions and
-    a vector in the plane of the other's. Compare two samples whose windows do not overlap, at least
-    one window apart: overlapping windows hold the same steps in part, and their leading directions
-    agree by that alone. Two independent random planes in D dimensions have about 1.8/√D.
+    On each side the largest |cos| between a vector in the plane of the one sample's two leading
+    directions and a vector in the plane of the other's; of the two sides the smaller. Compare two
+    samples whose windows do not overlap, at least one window apart: overlapping windows hold the
+    same steps in part, and their leading directions agree by that alone. Independent random planes
+    in D dimensions have about 1.5/√D.
 
     Args:
-        new, old: [..., 2, D] of :func:`leading_directions`.
+        new, old: [..., 2, 2, D] of :func:`leading_directions`.
 
     Returns:
         [...]; 0 where one did not move, NaN where one is not finite.
@@ -74,13 +77,25 @@ def direction_overlap(new: Tensor, old: Tensor) -> Tensor:
     total = cos.square().sum((-2, -1))
     det = cos[..., 0, 0] * cos[..., 1, 1] - cos[..., 0, 1] * cos[..., 1, 0]
     root = (total.square() - 4 * det.square()).clamp(min=0).sqrt()
-    return ((total + root) / 2).sqrt().clamp(max=1.0)
+    return ((total + root) / 2).sqrt().clamp(max=1.0).amin(-1)
 
 
-def _coefficients(grams: UpdateGrams) -> Tensor:
-    """z [H, 2, 2d] with Aᵀ z along the leading left singular vectors of Δ2, A = [ΔW_q; W_q].
+def _combined(coefficients: Tensor, old: Tensor, new: Tensor, weight_at: int) -> Tensor:
+    """ΔWᵀ x + Wᵀ y [H, 2, D], with coefficients [H, 2, 2d]; y at half ``weight_at``."""
+    dtype = torch.promote_types(old.dtype, torch.float32)
+    old, new = old.to(dtype), new.to(dtype)
+    # Heads of a group share its weight: their rows are multiplied together.
+    rows = coefficients.to(dtype).reshape(old.shape[0], -1, coefficients.shape[-1])
+    halves = rows.chunk(2, dim=-1)
+    combined = halves[weight_at] @ old + halves[1 - weight_at] @ (new - old)
+    return combined.view(*coefficients.shape[:2], -1)
 
-    Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z, so they are the leading eigenvectors of the small product.
+
+def _coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
+    """z and w [H, 2, 2d] with Aᵀ z and Bᵀ w along the leading singular vectors of Δ2 = Aᵀ B.
+
+    Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z: z are the leading eigenvectors of the small product, and
+    Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z.
     """
     key = grams.key.repeat_interleave(grams.query.shape[0] // grams.key.shape[0], dim=0)
     length = grams.query.diagonal(dim1=1, dim2=2).sqrt()
@@ -107,8 +122,8 @@ def _coefficients(grams: UpdateGrams) -> Tensor:
     half = torch.linalg.solve_triangular(factor, outer, upper=False)
     ritz = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     c = torch.linalg.solve_triangular(factor.mT, _leading_vectors(ritz), upper=True)
-    z = (z @ c).mT / divisor[:, None]
-    return torch.where(finite, z, torch.nan)
+    left, right = (z @ c).mT / divisor[:, None], (image @ c).mT * length[:, None]
+    return torch.where(finite, left, torch.nan), torch.where(finite, right, torch.nan)
 
 
 def _leading_vectors(symmetric: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .update_spectra import update_spectra
-
 
 class Measures(NamedTuple):
     """Four measures of one spectrum each, shaped like the spectra without their last dimension."""
@@ -70,8 +68,3 @@ def effective_rank(singular_values_squared: Tensor) -> Tensor:
         [...]; NaN where :func:`spectral_entropy` is NaN.
     """
     return spectral_entropy(singular_values_squared).exp()
-
-
-def delta2_effective_rank(wq_old: Tensor, wk_old: Tensor, wq_new: Tensor, wk_new: Tensor) -> Tensor:
-    """Effective rank of Δ2 alone [H]; arguments as :func:`update_spectra`."""
-    return effective_rank(update_spectra(wq_old, wk_old, wq_new, wk_new).delta2)

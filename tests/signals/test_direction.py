@@ -1,4 +1,4 @@
-"""The leading directions against a dense singular value decomposition."""
+"""Leading directions against a dense singular value decomposition."""
 
 import pytest
 import torch
@@ -30,23 +30,23 @@ def dense_directions(wq, wk, wq2, wk2):
     repeats = wq.shape[0] // wk.shape[0]
     wq, wk, wq2, wk2 = (x.double() for x in (wq, wk, wq2, wk2))
     wk, wk2 = wk.repeat_interleave(repeats, 0), wk2.repeat_interleave(repeats, 0)
-    left, s, _ = torch.linalg.svd((wq2 - wq).mT @ wk + wq.mT @ (wk2 - wk))
-    return left[..., :2].mT, s
+    left, s, right = torch.linalg.svd((wq2 - wq).mT @ wk + wq.mT @ (wk2 - wk))
+    return torch.stack([left[..., :2].mT, right[..., :2, :]], dim=1), s
 
 
 def found(w):
-    return leading_directions(update_grams(*w), w[0], w[2])
+    return leading_directions(update_grams(*w), *w)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("d, D", [(8, 40), (32, 256), (6, 5), (1, 12)])
 @pytest.mark.parametrize("push", [0.0, 1.0])
 @pytest.mark.parametrize("rank", [None, 1])
-def test_are_the_leading_left_singular_vectors(groups, d, D, push, rank):
+def test_are_the_leading_singular_vectors(groups, d, D, push, rank):
     w = case(groups, d, D, rank, push)
     want, s = dense_directions(*w)
     got = found(w)
-    assert got.dtype == torch.float32 and got.shape == (H, 2, D)
+    assert got.dtype == torch.float32 and got.shape == (H, 2, 2, D)
     relative = s[:, 1:] / s[:, :1]
     several = relative[:, 0] > 1e-6  # else the second direction is anything
     gram = (got @ got.mT)[several]
@@ -55,7 +55,7 @@ def test_are_the_leading_left_singular_vectors(groups, d, D, push, rank):
     ninth = relative[:, 7] if relative.shape[1] > 7 else torch.zeros(H)
     for i, gap in ((0, 1 - relative[:, 0] ** 2), (1, 1 - (relative[:, 1] / relative[:, 0]) ** 2)):
         left = (ninth / (relative[:, 0] if i else 1)) ** 16 / gap
-        cos = (got[:, i].double() * want[:, i]).sum(1).abs()
+        cos = (got[:, :, i].double() * want[:, :, i]).sum(-1).abs().amin(1)
         good = (1 - cos <= 3 * left.square() + 1e-6) | ((i == 1) & ~several)
         assert good.all(), (i, cos, relative)
 
@@ -72,7 +72,7 @@ def test_two_directions_of_one_strength_span_the_same_plane():
         strength = size * (right.norm(dim=1) * b.norm(dim=2) / left.norm(dim=1) / a.norm(dim=2))
         step = 1e-4 * strength[..., None] * left @ a, 1e-4 * right @ b
         moved.append(found((wq, wk, wq + step[0], wk + step[1])))
-    alone = (moved[0][:, 0] * moved[1][:, 0]).sum(1).abs()
+    alone = (moved[0][:, 0, 0] * moved[1][:, 0, 0]).sum(1).abs()
     assert (alone < 0.1).all()
     assert (direction_overlap(*moved) > 0.999).all()
 
@@ -109,20 +109,37 @@ def test_bfloat16_weights():
 
 def test_overlap_of_known_planes():
     x, y, z, w = torch.eye(4)
-    planes = torch.stack
     cases = [
-        (planes([x, y]), planes([y, x]), 1),
-        (planes([x, y]), planes([z, -y]), 1),
-        (planes([x, y]), planes([z, w]), 0),
-        (planes([x, y]), planes([(x + z) / 2**0.5, w]), 0.5**0.5),
-        (planes([x, y]), planes([(x + 2 * z) / 5**0.5, (2 * y + w) / 5**0.5]), 0.8**0.5),
-        (planes([x, 0 * x]), planes([0.6 * x + 0.8 * y, 0 * x]), 0.6),
+        ([x, y], [y, x], 1),
+        ([x, y], [z, -y], 1),
+        ([x, y], [z, w], 0),
+        ([x, y], [(x + z) / 2**0.5, w], 0.5**0.5),
+        ([x, y], [(x + 2 * z) / 5**0.5, (2 * y + w) / 5**0.5], 0.8**0.5),
+        ([x, 0 * x], [0.6 * x + 0.8 * y, 0 * x], 0.6),
     ]
-    new, old, want = zip(*cases, strict=True)
-    got = direction_overlap(torch.stack(new), torch.stack(old))
-    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    new, old = (torch.stack([torch.stack(c[i]) for c in cases]) for i in (0, 1))
+    want = [c[2] for c in cases]
+    same = torch.stack([new, new], dim=1)
+    for sides in ([new, old], [old, new]):  # the smaller of the two sides
+        other = torch.stack([x if x is old else new for x in sides], dim=1)
+        assert direction_overlap(same, other).tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_independent_directions_share_little():
-    planes = torch.linalg.qr(draw(2, 2000, 256, 2, seed=70)).Q.mT
-    assert direction_overlap(*planes).mean().item() == pytest.approx(1.8 / 256**0.5, rel=0.05)
+    planes = torch.linalg.qr(draw(2, 2000, 2, 256, 2, seed=70)).Q.mT
+    assert direction_overlap(*planes).mean().item() == pytest.approx(1.5 / 256**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("moved", ["query", "key"])
+def test_rank_one_updates_of_few_channels_do_not_agree_by_chance(moved):
+    """Where ΔW_k leads, left vectors lie in the few rows of W_q; the other side tells."""
+    wq, wk = 0.02 * draw(2, 50, 4, 256, seed=80)
+    samples = []
+    for seed in (81, 82):
+        push = 1e-4 * draw(50, 4, 1, seed=seed) @ draw(50, 1, 256, seed=seed + 10)
+        move = (push, 0) if moved == "query" else (0, push)
+        samples.append(found((wq, wk, wq + move[0], wk + move[1])))
+    confined = 0 if moved == "key" else 1
+    cos = (samples[0][:, confined, 0] * samples[1][:, confined, 0]).sum(1).abs()
+    assert cos.mean() > 0.3
+    assert (direction_overlap(*samples) < 0.5).all()

@@ -50,8 +50,8 @@ def test_spectra(cuda, gram_dtype):
 def test_direction_and_spike(cuda):
     wq, wk = cuda(8, 16, 64, dtype=torch.bfloat16), cuda(2, 16, 64, dtype=torch.bfloat16)
     grams = update_grams(wq, wk, wq, wk)
-    direction = leading_directions(grams, wq, wq)
-    stays_on_card(direction, 8, 2, 64)
+    direction = leading_directions(grams, wq, wk, wq, wk)
+    stays_on_card(direction, 8, 2, 2, 64)
     overlap = direction_overlap(direction, direction)
     stays_on_card(overlap, 8)
     found = spike(cuda(8, 16), 64)

@@ -90,7 +90,7 @@ def monitored(updates):
         moved = wq + 1e-4 * dq, wk + 1e-4 * dk
         grams = update_grams(wq, wk, *moved)
         outliers.append(spike(spectra_from_grams(grams).query, D).outliers)
-        directions.append(leading_directions(grams, wq, moved[0]))
+        directions.append(leading_directions(grams, wq, wk, *moved))
         wq, wk = moved
     outliers, directions = torch.stack(outliers), torch.stack(directions)
     return outliers, persistent_spike(outliers, direction_overlap(directions[1:], directions[:-1]))
