@@ -12,10 +12,12 @@ from ..config import Config
 from ..detection.judge import Judge
 from ..errors import ConfigError
 from ..messages import say
+from ..monitors.attention_activity import AttentionActivityMonitor
 from ..monitors.attention_update import AttentionUpdateMonitor
 from ..monitors.base import Monitor, StepState
 from ..monitors.conservation import ConservationMonitor
 from ..monitors.conservation.limits import residual_limits
+from ..monitors.optimizer import OptimizerMonitor
 from ..monitors.router import RouterMonitor
 from ..parallel import GroupSum
 from ..recovery import Recovery
@@ -78,6 +80,18 @@ def build_monitors(
             model.conserves,
             "attention, norm, router or output layer that keeps its identities",
             lambda: ConservationMonitor(model, context, vocabulary),
+        ),
+        "attention_activity": (
+            wanted.attention_activity.enabled,
+            bool(model.activity),
+            "attention whose logits can be made again",
+            lambda: AttentionActivityMonitor(model, wanted.attention_activity.queries),
+        ),
+        "optimizer": (
+            wanted.optimizer.enabled,
+            bool(model.optimizer),
+            "Adam whose state can be read",
+            lambda: OptimizerMonitor(model, config.interval, wanted.optimizer.every),
         ),
     }
     monitors = []
@@ -159,6 +173,7 @@ def attach(
         monitors=[m.name for m in monitors],
         mode=config.recovery.mode,
         limits=limits,
+        windows=config.detection.windows,
         versions=versions,
     )
     if progress.iteration > 0:

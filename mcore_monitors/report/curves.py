@@ -95,6 +95,26 @@ def band(axes: Axes, run: Run, others: Sequence[Run], signal: str, layer: int | 
         line(axes, x, middle, "left", linewidth=1.5, linestyle=(0, (3, 2)), zorder=6)
 
 
+#: Colours of a signal's windows, from the shortest on.
+WINDOWS = ("other0", "main", "other1", "other2")
+
+
+def window_line(axes: Axes, run: Run, signal: str, order: int) -> None:
+    """Draw the median over all layers and units of one window, with the window's length at its end.
+
+    Args:
+        order: place of the window among those in the figure.
+    """
+    x, values = readings(run.samples, signal)
+    middle, colour = _rows(values, "nanmedian"), WINDOWS[order % len(WINDOWS)]
+    line(axes, x, middle, colour, linewidth=1.5, zorder=4 + order)
+    known = np.flatnonzero(np.isfinite(middle))
+    if len(known):
+        at = x[known[-1]], middle[known[-1]]
+        style = {"color": INK[colour], "fontsize": 9, "ha": "right", "va": "bottom"}
+        axes.annotate(signal.partition("@")[2], at, **style)
+
+
 def scale(axes: Axes, values: np.ndarray, *, fit: bool) -> None:
     """Log axis where all values are positive and far apart, linear otherwise.
 

@@ -105,6 +105,11 @@ class Run:
         """The first step on record."""
         return min(part.samples[0].first_step for part in self.parts)
 
+    @property
+    def judged_windows(self) -> list[int] | None:
+        """Windows of the update signals that were judged; None where the run doesn't say."""
+        return (self.last_event("start") or {}).get("windows")
+
     def last_event(self, kind: str) -> dict[str, Any] | None:
         """Return the newest event of a kind."""
         return next((e for e in reversed(self.events) if e["kind"] == kind), None)

@@ -19,6 +19,7 @@ from mcore_monitors.report.curves import (
     marks,
     per_step,
     scale,
+    window_line,
     x_axis,
 )
 from mcore_monitors.report.data import Run, readings, steps
@@ -151,3 +152,33 @@ def draw_signal(
             axes.tick_params(length=0)
             drawn.append(inline(figure, f"{name}-{layer}", f"{signal} in layer {layer}"))
     return drawn
+
+
+def draw_recorded(run: Run, signals: Sequence[str], name: str) -> str:
+    """Return a signal that no rule judges as one SVG: its windows in one figure, all layers in one.
+
+    Args:
+        signals: the same signal over its windows, or the one signal without a window.
+        name: begins the inner names of this figure, unlike any other's.
+    """
+    with drawing():
+        # Fixed margins: there are many of these, and a layout to measure takes half their time.
+        figure = Figure(figsize=(5.0, 1.9))
+        figure.subplots_adjust(left=0.13, right=0.98, top=0.86, bottom=0.15)
+        axes = figure.subplots()
+        if len(signals) == 1:
+            band(axes, run, (), signals[0], None)
+        else:
+            for order, signal in enumerate(signals):
+                window_line(axes, run, signal, order)
+        scale(axes, np.concatenate([_all_values(run, (), s, None) for s in signals]), fit=True)
+        marks(axes, run)
+        x_axis(axes, run, (), 6)
+        axes.set_title(name_of(signals[0]))
+        axes.tick_params(length=0)
+        return inline(figure, name, f"{name_of(signals[0])}, all layers")
+
+
+def name_of(signal: str) -> str:
+    """A signal's name without its window, its part kept."""
+    return signal.partition("@")[0]

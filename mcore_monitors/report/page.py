@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 
-from mcore_monitors.catalogue import SIGNALS, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name, is_judged
 from mcore_monitors.report.data import Run
-from mcore_monitors.report.figures import closer_window, draw_signal, draw_story, layers_of
+from mcore_monitors.report.figures import (
+    closer_window,
+    draw_recorded,
+    draw_signal,
+    draw_story,
+    layers_of,
+    name_of,
+)
 from mcore_monitors.report.story import against, layers_text, tell
 from mcore_monitors.report.svg import OTHERS
 from mcore_monitors.report.tables import checkpoint_table, cost_text, event_table, plan_table
+from mcore_monitors.windows import window_of
 
 #: In how a signal runs when all is well, and on which side a fault shows.
 _HEALTHY = {
@@ -104,7 +113,8 @@ def _story_figure(run: Run, others: Sequence[Run]) -> str:
 def _signals(run: Run, others: Sequence[Run]) -> str:
     loud = [g.signal for g in sorted(run.alarms, key=lambda g: (not g.critical, g.iteration))]
     there = {name for sample in run.samples for name in sample.signals}
-    order = dict.fromkeys([*(s for s in loud if s in there), *sorted(there)])
+    judged = sorted(name for name in there if is_judged(name, run.judged_windows))
+    order = dict.fromkeys([*(s for s in loud if s in there), *judged])
     blocks = []
     for index, signal in enumerate(order):
         layers, count = layers_of(run, signal)
@@ -125,7 +135,31 @@ def _signals(run: Run, others: Sequence[Run]) -> str:
             f"<h3><code>{escape(signal)}</code></h3><p class='soft'>{escape(note)}</p>"
             f'<div class="grid">{figures}</div>'
         )
+    blocks += _recorded(run, sorted(there - order.keys(), key=_by_window))
     return _section("Every signal, layer by layer", "".join(blocks)) if blocks else ""
+
+
+def _by_window(signal: str) -> tuple[str, int]:
+    return name_of(signal), window_of(signal) or 0
+
+
+def _recorded(run: Run, signals: Sequence[str]) -> list[str]:
+    """What no rule judges, folded away: one small figure a signal, over all layers."""
+    if not signals:
+        return []
+    names = [list(group) for _, group in groupby(signals, key=name_of)]
+    figures = "".join(
+        f"<figure>{draw_recorded(run, group, f'r{index}')}</figure>"
+        for index, group in enumerate(names)
+    )
+    note = (
+        "Written and shown, judged by no rule. Line: median over all layers; the number at its end "
+        "is the window in iterations, and a signal without one has a shade from lowest to highest."
+    )
+    return [
+        f"<details><summary>{len(names)} more signals, recorded only</summary>"
+        f'<p class="soft">{note}</p><div class="grid">{figures}</div></details>'
+    ]
 
 
 def _reading(run: Run) -> str:
@@ -135,16 +169,24 @@ def _reading(run: Run) -> str:
         "its value, against a limit. An alarm names the iteration at which the deviation began "
         "(its onset). A rollback returns to the newest checkpoint that was verified before it.</p>"
     ]
+    folded = []
     for name in dict.fromkeys(base_name(signal) for signal in there):
         info = SIGNALS.get(name)
         if info is None:
             continue
         windowed = [s for s in there if "@" in s and base_name(s) == name]
-        window = ", ".join(s.split("@", 1)[1] for s in windowed)
-        rows.append(
+        window = ", ".join(map(str, sorted({window_of(s) for s in windowed})))
+        alarm = _WATCH.get(info.watch)
+        (rows if alarm else folded).append(
             f"<h3><code>{escape(name)}</code></h3><p>{escape(info.formula)}"
             f"{escape(f' (here W = {window})') if window else ''}. One value a "
-            f"{escape(info.unit)}. In health it {_HEALTHY[info.healthy]}; an alarm is "
-            f"{_WATCH[info.watch]}. <span class='soft'>Source: {escape(info.source)}.</span></p>"
+            f"{escape(info.unit)}. In health it {_HEALTHY[info.healthy]}"
+            f"{f'; an alarm is {alarm}' if alarm else ''}. {escape(info.meaning)} "
+            f"<span class='soft'>Source: {escape(info.source)}.</span></p>"
+        )
+    if folded:
+        rows.append(
+            f"<details><summary>{len(folded)} more signals, recorded only</summary>"
+            f"{''.join(folded)}</details>"
         )
     return "".join(rows)

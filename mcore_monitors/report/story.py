@@ -20,6 +20,8 @@ LAST_STEPS = 50
 #: What to call each cause of a diagnosis.
 CAUSES: Mapping[str, str] = {
     "attention_numerics": "wrong numbers in the attention",
+    "router_numerics": "wrong numbers in the router",
+    "kernel_numerics": "wrong numbers in a norm or the loss",
     "router_or_learning_rate": "the router, or its learning rate",
     "combined": "attention numerics and router together",
     "data": "the data",

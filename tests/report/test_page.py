@@ -177,3 +177,32 @@ def test_what_a_run_says_is_inert(tmp_path):
     assert not {"script", "img", "b"} & tags
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") >= 8
+
+
+def test_what_is_recorded_only_is_folded_away(tmp_path):
+    """Judged signals stand first and open; the others are one small figure each, in a fold."""
+    rank, stable = "attention/delta2_effective_rank", "attention/delta2_stable_rank"
+    samples = []
+    for i in range(10, 301, 10):
+        sample = make.make_sample(i)
+        for layer in make.LAYERS:
+            for window in (10, 50, 200) if i % 50 == 0 else (50,):
+                ranks = [4.0 + 0.01 * i * layer + unit for unit in range(make.UNITS)]
+                sample.signals.setdefault(f"{rank}@{window}", {})[layer] = ranks
+                sample.signals.setdefault(f"{stable}@{window}", {})[layer] = ranks
+            sample.signals.setdefault(f"{rank}/rope@50", {})[layer] = ranks
+            sample.signals.setdefault("attention/unheard_of", {})[layer] = ranks
+        samples.append(sample)
+    start = make.start(0, 0) | {"windows": [50]}
+    page = page_of(make.write(tmp_path / "run", samples, [start, make.stop(300, 0, 0)]))
+    html = (tmp_path / "run" / "report.html").read_text()
+    before, _, fold = html.partition("<details>")
+    judged = re.findall(r"<h3><code>([^<]*)</code>", before)
+    assert judged == [f"{rank}/rope@50", f"{rank}@50", make.KEY_SHIFT, make.SIMILARITY]
+    fold = fold.partition("</details>")[0]
+    assert "3 more signals, recorded only" in fold
+    assert fold.count("<svg") == 3
+    # the windows of one signal are in one figure, each named at its end
+    assert all(f">{window}</text>" in fold for window in (10, 50, 200))
+    assert "attention/unheard_of" in fold
+    assert "The size of" not in page.text and "moves later than the effective rank" in page.text

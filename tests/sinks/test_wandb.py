@@ -104,6 +104,7 @@ def test_what_is_recorded_only_has_three_keys_however_many_layers():
 def test_the_setting_reaches_the_run(tmp_path):
     for signals, there in (("judged", False), ("all", True)):
         folder = tmp_path / signals
+        folder.mkdir()
         sink = open_wandb(WandbConfig(signals=signals), folder, say=Said(), windows=[10])
         sink.sample(sample(10))
         sink.close()
@@ -289,7 +290,9 @@ def test_without_the_package_a_run_goes_on(tmp_path):
         "from mcore_monitors.sinks import open_sinks\n"
         "from mcore_monitors.sinks.config import WandbConfig\n"
         "from tests.sinks.make import sample\n"
+        "from mcore_monitors.detection import DetectionConfig\n"
         "config = SimpleNamespace(run_dir=sys.argv[1], wandb=WandbConfig(), console=True,"
+        " detection=DetectionConfig(),"
         " strict=False)\n"
         "sinks = open_sinks(config, local=True, wandb=True)\n"
         "sinks.sample(sample(10)); sinks.close()\n"
