@@ -57,7 +57,15 @@ SCHEMA = {
 #: Sections that are empty by default, written out.
 DRILL = {"fault": "attention_row_term", "strength": 0.003, "layers": [], "from_iteration": 600}
 REMEDY = {"attention": "keep", "learning_rate_factor": 1.0, "pass_over": 0}
-CAUSES = ("attention_numerics", "router_or_learning_rate", "combined", "data", "unknown")
+CAUSES = (
+    "attention_numerics",
+    "router_numerics",
+    "kernel_numerics",
+    "router_or_learning_rate",
+    "combined",
+    "data",
+    "unknown",
+)
 
 
 def settings(dotted: str, value: Any) -> dict[str, Any]:
@@ -202,6 +210,9 @@ def test_wrong_type(dotted: str, value: Any, allowed: str) -> None:
         ("detection.threshold", 0, "> 0"),
         ("detection.threshold", math.nan, "> 0"),
         ("detection.limit", math.inf, "> 0"),
+        ("detection.limit", {"attention/key_shift": 0.0}, "> 0"),
+        ("detection.limit", {"attention/keyshift": 1e-3}, "attention/key_shift"),
+        ("detection.limit", {"router/routing_entropy": 1.0}, "residuals: attention/key_shift"),
         ("recovery.mode", "auto", "'log', 'notify' or 'rollback'"),
         ("recovery.how", "restart", "'auto', 'in_place' or 'relaunch'"),
         ("recovery.margin", -1, ">= 0"),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from .info import SignalInfo
 
+#: the residuals of an attention kernel
+ATTENTION_RESIDUALS = ("attention/key_shift", "attention/value_output", "attention/query_key")
+#: norms of a layer in the order of their values; the final one counts to the last layer
+NORMS = ("input", "pre-MLP", "query", "key", "final")
+
 _OURS = "own derivation (docs/conservation.md)"
 _ATTENTION = (
     "Megatron-core: tensor, sequence, pipeline and data parallelism, grouped queries, recompute, "

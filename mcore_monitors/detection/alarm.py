@@ -9,7 +9,15 @@ CRITICAL = "critical"
 WARNING = "warning"
 
 #: Causes that a diagnosis may name; recovery has one remedy for each.
-CAUSES = ("attention_numerics", "router_or_learning_rate", "combined", "data", "unknown")
+CAUSES = (
+    "attention_numerics",
+    "router_numerics",
+    "kernel_numerics",
+    "router_or_learning_rate",
+    "combined",
+    "data",
+    "unknown",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,9 @@ class Diagnosis:
     """Signals that speak for it, without windows."""
     sentence: str
     """For the person who is woken up: where, what, since when, the likely fault, and why."""
+    site: str = ""
+    """Where a conservation identity is broken: which one, in which layer and head, in which pass,
+    and what that says of the kernel; empty where none is."""
 
     def to_event(self) -> dict[str, Any]:
         """Return the fields of the ``diagnosis`` event."""

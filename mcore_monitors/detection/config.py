@@ -62,7 +62,7 @@ class DetectionConfig:
                 if name not in known:
                     allowed = "residuals: " + ", ".join(known)
                     raise ConfigError("detection.limit", name, allowed, nearest(name, known))
-                _number(f"limit.{name}", limit, 0.0)
+                _number("limit", limit, 0.0)
         elif self.limit is not None:
             _number("limit", self.limit, 0.0)
         for window in self.windows or ():

@@ -3,6 +3,17 @@
 ============== =============== ========== ==========================================
 residuals      update spectra  router     cause
 ============== =============== ========== ==========================================
+of attention   any             residual   combined
+of a router,   any             any        router_numerics
+not attention
+of a norm or   any             any        kernel_numerics
+the output,
+no other
+============== =============== ========== ==========================================
+
+Residuals below are those of attention:
+
+============== =============== ========== ==========================================
 alarm          any             quiet      attention_numerics
 alarm          any             alarm      combined
 quiet          alarm           quiet      attention_numerics, held loosely
@@ -25,17 +36,25 @@ from collections.abc import Collection, Iterable, Sequence
 
 from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.detection.alarm import CRITICAL, WARNING, Alarm, Diagnosis
+from mcore_monitors.detection.localise import Sizes, localise
 
-_RESIDUAL, _SPECTRUM, _ROUTER, _TRAINING, _OTHER = (
+_RESIDUAL, _ROUTER_RESIDUAL, _KERNEL_RESIDUAL, _SPECTRUM, _ROUTER, _TRAINING, _OTHER = (
     "residual",
+    "router residual",
+    "kernel residual",
     "spectrum",
     "router",
     "training",
     "other",
 )
+_RESIDUALS = {_RESIDUAL, _ROUTER_RESIDUAL, _KERNEL_RESIDUAL}
+#: sites that a diagnosis names at most; the worst come first
+_SITES = 3
 
 _FAULT = {
     "attention_numerics": "wrong numbers in the attention kernel",
+    "router_numerics": "wrong numbers in the router's kernels",
+    "kernel_numerics": "wrong numbers in a norm's or the loss's kernels",
     "router_or_learning_rate": "the router, or a learning rate too large for it",
     "combined": "wrong numbers in the attention kernel and a router (or learning-rate) fault at "
     "the same time",
@@ -49,8 +68,11 @@ def _group(signal: str) -> str:
     info = SIGNALS.get(name)
     if name in ("loss", "grad_norm"):
         return _TRAINING
+    if info is not None and info.family == "conservation":
+        by_place = {"attention": _RESIDUAL, "router": _ROUTER_RESIDUAL}
+        return by_place.get(name.partition("/")[0], _KERNEL_RESIDUAL)
     if info is not None and name.startswith("attention/"):
-        return _RESIDUAL if info.family == "conservation" else _SPECTRUM
+        return _SPECTRUM
     if info is not None and name.startswith("router/"):
         return _ROUTER
     return _OTHER
@@ -59,10 +81,14 @@ def _group(signal: str) -> str:
 def _decide(groups: Collection[str], residual_judged: bool, severity: str) -> tuple[str, float]:
     """Return (cause, confidence) for the groups that alarm."""
     residual, spectrum, router = (g in groups for g in (_RESIDUAL, _SPECTRUM, _ROUTER))
-    if residual and router:
+    if residual and (router or _ROUTER_RESIDUAL in groups):
         return "combined", 0.9
     if residual:
         return "attention_numerics", 0.95 if spectrum else 0.9
+    if _ROUTER_RESIDUAL in groups:
+        return "router_numerics", 0.9
+    if _KERNEL_RESIDUAL in groups:
+        return "kernel_numerics", 0.9
     if spectrum and router:
         return ("router_or_learning_rate", 0.6) if residual_judged else ("combined", 0.6)
     if spectrum:
@@ -72,18 +98,19 @@ def _decide(groups: Collection[str], residual_judged: bool, severity: str) -> tu
     return ("data", 0.5) if _TRAINING in groups else ("unknown", 0.2)
 
 
-def _reason(cause: str, groups: Collection[str], quiet: Collection[str]) -> str:
+def _reason(cause: str, groups: set[str], quiet: Collection[str]) -> str:
     """Return what speaks for the cause: the pattern, then the groups that are quiet."""
+    others = "attention's " if groups & _RESIDUALS else ""
     silence = [
         words
         for group, words in (
-            (_RESIDUAL, "the residuals hold"),
+            (_RESIDUAL, f"the {others}residuals hold"),
             (_SPECTRUM, "the attention's updates are normal so far"),
             (_ROUTER, "the router is quiet so far"),
         )
         if group in quiet
     ]
-    if _RESIDUAL in groups:
+    if groups & _RESIDUALS:
         reason = (
             "the residual is zero whatever the data or the learning rate, so only a kernel that "
             "computes something else can move it"
@@ -142,12 +169,15 @@ def _size(alarm: Alarm) -> float:
     return abs(alarm.band["z"]) if alarm.band else 0.0
 
 
-def diagnose(alarms: Sequence[Alarm], judged: Collection[str]) -> Diagnosis | None:
+def diagnose(
+    alarms: Sequence[Alarm], judged: Collection[str], sizes: Sizes | None = None
+) -> Diagnosis | None:
     """Return what the active alarms together say, or None when there are none.
 
     Args:
         alarms: all alarms that are active now, warnings included.
         judged: signals (without windows) that the rules judge, quiet ones included.
+        sizes: conservation residuals over their limits, all of them, to say where the fault is.
     """
     if not alarms:
         return None
@@ -160,8 +190,11 @@ def diagnose(alarms: Sequence[Alarm], judged: Collection[str]) -> Diagnosis | No
     by_signal: dict[str, list[Alarm]] = {}
     for alarm in counted:
         by_signal.setdefault(alarm.signal, []).append(alarm)
-    order = sorted(by_signal, key=lambda name: (_group(name) != _RESIDUAL, name))
+    order = sorted(by_signal, key=lambda name: (_group(name) not in _RESIDUALS, name))
     findings = "; ".join(_finding(by_signal[name]) for name in order)
+    site = ""
+    if groups & _RESIDUALS:
+        site = "; ".join(found.sentence for found in localise(sizes or {})[:_SITES])
     return Diagnosis(
         cause=cause,
         confidence=confidence,
@@ -169,5 +202,6 @@ def diagnose(alarms: Sequence[Alarm], judged: Collection[str]) -> Diagnosis | No
         onset_iteration=min(alarm.onset_iteration for alarm in counted),
         signals=tuple(sorted({base_name(name) for name in by_signal})),
         sentence=f"{findings}. Likely fault: {_FAULT[cause]} (confidence {confidence:.0%}): "
-        f"{_reason(cause, groups, quiet)}.",
+        f"{_reason(cause, groups, quiet)}.{' Site: ' + site + '.' if site else ''}",
+        site=site,
     )

@@ -39,7 +39,7 @@ class Judge:
         alarms = tuple(alarm for rule in self._rules for alarm in rule.update(sample))
         active = tuple(alarm for rule in self._rules for alarm in rule.active())
         judged = {name for rule in self._rules for name in rule.judged}
-        standing = diagnose(active, judged)
+        standing = diagnose(active, judged, self._rules[0].sizes)
         return Verdict(
             alarms=alarms, active=active, diagnosis=self._news(standing), standing=standing
         )

@@ -46,6 +46,8 @@ class LimitRule:
         self._config = config
         self._limits = dict(limits or {})
         self._cells: dict[tuple[str, int, int], _Cell] = {}
+        self.sizes: dict[str, dict[int, list[float]]] = {}
+        """Residual → layer → one size a unit: its last finite value over its limit, else NaN."""
         self.judged: set[str] = set()
         """Signals (without windows) that have been judged so far."""
 
@@ -63,7 +65,9 @@ class LimitRule:
                 continue
             self.judged.add(info.name)
             for layer in sorted(sample.signals[signal]):
-                for unit, value in enumerate(sample.signals[signal][layer]):
+                values = sample.signals[signal][layer]
+                self._keep_sizes(signal, layer, [value / limit for value in values])
+                for unit, value in enumerate(values):
                     cell = self._cells.setdefault((signal, layer, unit), _Cell())
                     if not self._count(cell, sample.iteration, value, limit):
                         continue
@@ -82,6 +86,13 @@ class LimitRule:
                     )
                     alarms.append(cell.raised)
         return alarms
+
+    def _keep_sizes(self, signal: str, layer: int, sizes: list[float]) -> None:
+        layers = self.sizes.setdefault(signal, {})
+        before = layers.get(layer, [math.nan] * len(sizes))
+        layers[layer] = [
+            new if math.isfinite(new) else old for new, old in zip(sizes, before, strict=True)
+        ]
 
     def active(self) -> list[Alarm]:
         """Return the alarms whose cell has not been under its limit for four samples yet."""

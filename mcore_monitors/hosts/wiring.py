@@ -23,7 +23,7 @@ def wire(
     Args:
         model: what the monitors were made of.
         attentions, routers, outputs: taps of this rank by layer number.
-        norms: taps of this rank by layer number and place in :data:`mcore_monitors.views.NORMS`.
+        norms: taps of this rank by layer number and place in :data:`mcore_monitors.catalogue.conservation.NORMS`.
     """
     by_name = {m.name: m for m in runtime.monitors}
     router, conservation = by_name.get("router"), by_name.get("conservation")
@@ -31,6 +31,11 @@ def wire(
         if router is not None:
             hook = runtime.guarded(router, router.on_logits, every_step=router.every_step)
             tap.listeners.append(partial(hook, layer))
+    activity = by_name.get("attention_activity")
+    if activity is not None:
+        hook = runtime.guarded(activity, activity.on_attention)
+        for layer in attentions.keys() & model.activity.keys():
+            attentions[layer].listeners.append(partial(hook, layer))
     if conservation is None:
         return
     conservation.guard = partial(runtime.guarded, conservation)

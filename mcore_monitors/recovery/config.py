@@ -55,6 +55,9 @@ class Remedy:
 #: Remedy of each cause, unless the settings name another.
 DEFAULT_REMEDIES: dict[str, Remedy] = {
     "attention_numerics": Remedy(attention="safe"),
+    # no other router, norm or loss kernel is at hand: go back, and if it comes again a person looks
+    "router_numerics": Remedy(),
+    "kernel_numerics": Remedy(),
     "router_or_learning_rate": Remedy(learning_rate_factor=0.5),
     "combined": Remedy(attention="safe", learning_rate_factor=0.5),
     "data": Remedy(pass_over=UP_TO_THE_ALARM),

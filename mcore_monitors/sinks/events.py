@@ -36,7 +36,7 @@ KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "value",
             "evidence",
         ),
-        "diagnosis": ("cause", "confidence", "signals", "sentence"),
+        "diagnosis": ("cause", "confidence", "signals", "sentence", "site"),
         "checkpoint": ("path", "status"),
         "rollback": ("plan",),
         "remedy": (),

@@ -129,4 +129,44 @@ def test_the_event_is_plain_data():
         "onset_iteration",
         "signals",
         "sentence",
+        "site",
     }
+
+
+def kernel(signal: str, unit: int | None = None) -> Alarm:
+    return Alarm(
+        signal=signal,
+        layer=2,
+        unit=unit,
+        iteration=620,
+        onset_iteration=610,
+        severity="critical",
+        rule="limit",
+        value=5.2e-3,
+        limit=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("alarms", "cause"),
+    [
+        ([kernel("router/shift")], "router_numerics"),
+        ([kernel("router/shift"), ROUTER], "router_numerics"),
+        ([kernel("router/shift"), kernel("norm/scale", 1)], "router_numerics"),
+        ([kernel("router/shift"), residual()], "combined"),
+        ([kernel("norm/scale", 1)], "kernel_numerics"),
+        ([kernel("output/vocabulary_shift"), SPECTRUM], "kernel_numerics"),
+        ([kernel("norm/scale", 1), residual()], "attention_numerics"),
+        ([kernel("attention/key_shift_bias")], "attention_numerics"),
+    ],
+)
+def test_residuals_of_other_kernels(alarms, cause):
+    assert diagnose(alarms, ALL | {"router/shift", "norm/scale"}).cause == cause
+
+
+def test_the_site_is_in_the_sentence():
+    sizes = {SHIFT: {2: [0.1, 6.0]}, "attention/query_key": {2: [0.1, 0.2]}}
+    found = diagnose([residual(2, 1)], ALL, sizes)
+    assert found.site.startswith("layer 2, query group 1: Σ_j dK_j ≠ 0 at 6 times")
+    assert found.sentence.endswith(f" Site: {found.site}.")
+    assert diagnose([SPECTRUM], ALL, sizes).site == ""

@@ -90,3 +90,21 @@ def test_the_name_of_a_limit_carries_no_window():
     rule = LimitRule(DetectionConfig(), LIMITS)
     assert rule.limit(f"{SHIFT}@20") == 1e-5
     assert rule.limit(RANK) is None
+
+
+def test_limits_by_name_win_and_the_others_stay():
+    config = DetectionConfig(limit={SHIFT: 1e-2})
+    rule = LimitRule(config, LIMITS | {"norm/scale": 1e-4})
+    assert (rule.limit(SHIFT), rule.limit("norm/scale")) == (1e-2, 1e-4)
+
+
+def test_one_number_for_all_does_not_hold_for_directions():
+    rule = LimitRule(DetectionConfig(limit=1e-2), {"attention/key_shift_bias": 14.0})
+    assert (rule.limit(SHIFT), rule.limit("attention/key_shift_bias")) == (1e-2, 14.0)
+
+
+def test_sizes_are_the_last_finite_values_over_their_limits():
+    rule = LimitRule(DetectionConfig(), LIMITS)
+    run_rule([2e-5, math.nan], rule)
+    (sizes,) = rule.sizes[SHIFT].values()
+    assert sizes[1] == pytest.approx(2.0)

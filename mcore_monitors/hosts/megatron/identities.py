@@ -14,7 +14,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import unwrap_model
 
-from ...views import NORMS, Conserved, ModelView
+from ...catalogue.conservation import NORMS
+from ...views import Conserved, ModelView
 from ..observed_norm import norm_form
 
 _NO_FLOOR = "8-bit attention has no known round-off floor"
