@@ -22,7 +22,7 @@ def _signal(name: str, *, family: str = "activations", **about: Any) -> SignalIn
 
 def _quantiles_of_entropy() -> list[SignalInfo]:
     """5%, 50% and 95% quantile over tokens, raw and over ln E."""
-    bound = "interpolated between fixed edges; error at value v of ln E at most 2√(1 − v)/128"
+    bound = "from counts at fixed edges; error at value v of ln E at most √(1 − v)/32"
     told = {
         "q05": "The most decided tokens. Falls first when a part of the tokens collapses on few "
         "experts while the mean still looks fine.",
@@ -138,8 +138,8 @@ SIGNALS = (
     _signal(
         "topk_margin_q05",
         healthy="drifts",
-        formula="5% quantile over tokens of that margin (between fixed edges; error at most 12% "
-        "of the value, 1e-6 below 1e-6)",
+        formula="5% quantile over tokens of that margin (from counts at fixed edges; error at most "
+        "23% of the value, 2e-6 below 1e-6)",
         source="own",
         meaning="The least certain choices: what a number format with this resolution would decide "
         "by its rounding.",

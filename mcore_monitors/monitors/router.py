@@ -16,7 +16,7 @@ import torch
 from ..signals import router as signals
 from ..views import ModelView, RoutingRule
 from .base import Monitor, Readings, mean_by_layer
-from .router_tokens import BINS, EDGES, SUMS, TokenSums
+from .router_tokens import EDGES, SUMS, TokenSums
 
 #: quantiles over tokens: suffix of the signal's name to q
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
@@ -52,7 +52,7 @@ class RouterMonitor(Monitor):
         self.every_step, self.collective = every_step, collective
         self._layers, self._experts = model.layers, model.experts
         self._views = model.routers
-        edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float32).to(model.device)
+        edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float64).to(model.device)
         default = RoutingRule(score=model.router_score)
         self._tokens = {
             view.layer: TokenSums(view, view.rule or default, model.experts, edges)
@@ -71,7 +71,7 @@ class RouterMonitor(Monitor):
         return {
             **{name: (layers, 1) for name in ("weights_count", *_OF_WEIGHT)},
             "sums": (layers, len(SUMS)),
-            "below": (layers, len(EDGES) * BINS),
+            "upto": (layers, len(EDGES) * signals.BINS),
             "load": (layers, self._experts),
         }
 
@@ -102,7 +102,7 @@ class RouterMonitor(Monitor):
             row = view.layer - 1
             tokens = self._tokens[view.layer]
             fields["sums"][row] += tokens.sums
-            fields["below"][row] += tokens.below.flatten()
+            fields["upto"][row] += tokens.upto.flatten()
             fields["load"][row] += tokens.load
             tokens.clear()
             if view.read is None:
@@ -120,7 +120,7 @@ class RouterMonitor(Monitor):
             name: mean_by_layer(fields[name], fields["weights_count"]) for name in _OF_WEIGHT
         }
         sums = dict(zip(SUMS, fields["sums"].split(1, dim=1), strict=True))
-        below = dict(zip(EDGES, fields["below"].split(BINS, dim=1), strict=True))
+        upto = dict(zip(EDGES, fields["upto"].split(signals.BINS, dim=1), strict=True))
         for name, count, total in (
             ("routing_entropy", "tokens", "entropy"),
             ("predicted_entropy", "tokens", "predicted_entropy"),
@@ -145,7 +145,7 @@ class RouterMonitor(Monitor):
             for layer, values in readings["routing_entropy"].items()
         }
         for suffix, q in QUANTILES.items():
-            share = _quantiles("entropy", below, sums["tokens"], q)
+            share = _quantiles("entropy", upto, sums["tokens"], q)
             readings[f"routing_entropy_normalised_{suffix}"] = {
                 layer: [v if nats[layer] > 0 else math.nan for v in values]
                 for layer, values in share.items()
@@ -154,10 +154,10 @@ class RouterMonitor(Monitor):
                 layer: [v * nats[layer] for v in values] for layer, values in share.items()
             }
         readings["topk_margin_q05"] = _quantiles(
-            "margin", below, sums["margin_tokens"], 0.05
+            "margin", upto, sums["margin_tokens"], 0.05
         )
         readings |= self._read_load(fields["load"], experts)
-        return {f"router/{name}": layers for name, layers in readings.items()}
+        return {f"router/{name}": layers for name, layers in readings.items() if layers}
 
     def _read_load(self, load: torch.Tensor, experts: dict[int, int]) -> Readings:
         readings: Readings = {name: {} for name in (*_OF_LOAD, "largest_share_held")}
@@ -180,9 +180,9 @@ class RouterMonitor(Monitor):
 
 
 def _quantiles(
-    name: str, below: dict[str, torch.Tensor], count: torch.Tensor, q: float
+    name: str, upto: dict[str, torch.Tensor], count: torch.Tensor, q: float
 ) -> dict[int, list[float]]:
     """One quantile a layer; layers without a token are left out."""
     edges = torch.tensor(EDGES[name], dtype=torch.float64)
-    values = signals.quantile(below[name], count.squeeze(1), edges, q)
+    values = signals.quantile(upto[name], count.squeeze(1), edges, q)
     return {i + 1: [float(v)] for i, v in enumerate(values) if count[i, 0] > 0}

@@ -30,7 +30,6 @@ SUMS = (
     "agreement",
 )
 EDGES = {"entropy": signals.ENTROPY_EDGES, "margin": signals.MARGIN_EDGES}
-BINS = len(signals.ENTROPY_EDGES)
 
 
 class TokenSums:
@@ -40,11 +39,11 @@ class TokenSums:
         view: the layer's router.
         rule: how it chooses.
         experts: the most experts that any layer has.
-        edges: [2, BINS] float32 inner edges of the bins, in the order of ``EDGES``.
+        edges: [2, bins + 1] float64 edges of the bins, in the order of ``EDGES``.
 
     Attributes:
         sums: [len(SUMS)] in the order of ``SUMS``.
-        below: [2, BINS] tokens whose entropy over ln E, and whose margin, lies below an edge.
+        upto: [2, bins] tokens whose entropy over ln E, and whose margin, lies up to an edge.
         load: [experts] how often an expert was chosen.
     """
 
@@ -54,17 +53,17 @@ class TokenSums:
         self._rule, self._bias, self._edges = rule, view.bias, edges
         device = edges.device
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-        self.below = torch.zeros(len(EDGES), BINS, dtype=torch.float64, device=device)
+        self.upto = torch.zeros(len(EDGES), signals.BINS, dtype=torch.float64, device=device)
         self.load = torch.zeros(experts, dtype=torch.float64, device=device)
 
     @property
     def nbytes(self) -> int:
         """Device memory that is kept between hooks."""
-        return sum(t.numel() * t.element_size() for t in (self.sums, self.below, self.load))
+        return sum(t.numel() * t.element_size() for t in (self.sums, self.upto, self.load))
 
     def clear(self) -> None:
         """Forget everything that was added."""
-        for sums in (self.sums, self.below, self.load):
+        for sums in (self.sums, self.upto, self.load):
             sums.zero_()
 
     def add(
@@ -118,7 +117,7 @@ class TokenSums:
             values = torch.where(padded, torch.inf, values)
             stacked = torch.where(padded, 0.0, stacked)
         self.sums += stacked.sum(1, dtype=torch.float64)
-        self.below += signals.count_below(values, self._edges)
+        self.upto += signals.count_upto(values, self._edges)
         if chosen is not None:
             counted = stacked[SUMS.index("tokens")]
             self.load[:experts] += counted @ chosen  # whole numbers, exact up to 2²⁴ tokens

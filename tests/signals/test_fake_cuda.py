@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mcore_monitors.faults.attention import attention_row_term
 from mcore_monitors.hosts.safe_attention import safe_attention
+from mcore_monitors.signals import conservation as c
 from mcore_monitors.signals import router
-from mcore_monitors.signals.conservation import key_shift_from_terms, key_shift_terms
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
@@ -86,8 +86,10 @@ def test_router(cuda, score):
     chosen = router.choice_map(experts[:, :3], 8)
     stays_on_card(router.mixing_entropy(log_p, chosen), 32)
     stays_on_card(router.bias_agreement(chosen, experts[:, :3]), 32)
-    below = router.count_below(cuda(2, 32), cuda(2, 127))
-    stays_on_card(router.quantile(below, cuda(2), cuda(127), 0.5), 2)
+    edges = cuda(2, 129, dtype=torch.float64)
+    upto = router.count_upto(cuda(2, 32), edges)
+    stays_on_card(upto, 2, 128)
+    stays_on_card(router.quantile(upto, cuda(2), edges[0], 0.5), 2)
 
 
 def _rows(signal):
@@ -96,12 +98,47 @@ def _rows(signal):
     return () if signal in of_weight else (8,)
 
 
-def test_key_shift(cuda):
-    vector, norm = key_shift_terms(cuda(16, 2, 3, 8, dtype=torch.bfloat16))
-    ratio, count = key_shift_from_terms(vector, norm)
-    stays_on_card(vector, 2, 3, 8)
-    stays_on_card(ratio, 3)
-    stays_on_card(count, 3)
+def test_conservation_of_attention(cuda):
+    q, o, dq, do = (cuda(16, 2, 6, 8, dtype=torch.bfloat16) for _ in range(4))
+    k, v, dk, dv = (cuda(16, 2, 3, 8, dtype=torch.bfloat16) for _ in range(4))
+    signed, scale = c.key_shift_terms(dk, query=q, output=o, grad_output=do)
+    stays_on_card(signed, 2, 3, 8)
+    along = c.key_shift_along(signed, c.key_shift_directions(q, o, do, 3))
+    stays_on_card(along, 2, 2, 3)
+    sums = c.direction_terms(along[0], scale)
+    stays_on_card(sums, 3, 4)
+    stays_on_card(c.direction_terms(signed, scale), 3, 11)
+    for measure in (c.direction_log_p, c.direction_bias, c.direction_coherence):
+        stays_on_card(measure(sums), 3)
+    stays_on_card(c.direction_layer_log_p(sums))
+    window = c.DirectionWindow(3, 1, 4, device="cuda")
+    window.add(sums.double())
+    stays_on_card(window.sums(2), 3, 4)
+    for terms, from_terms in (
+        ((signed, scale), c.key_shift_from_terms),
+        (c.value_output_terms(v, dv, o, do), c.value_output_from_terms),
+        (c.query_key_terms(q.half(), dq.half(), k, dk), c.query_key_from_terms),
+    ):
+        for result in from_terms(*terms):
+            stays_on_card(result, 3)
+
+
+def test_conservation_of_tokens(cuda):
+    x, dx, y, dy = (cuda(16, 2, 8, dtype=torch.bfloat16) for _ in range(4))
+    bias = cuda(8)
+    for terms, from_terms in (
+        (c.router_shift_terms(dx), c.router_shift_from_terms),
+        (c.vocabulary_shift_terms(dx), c.vocabulary_shift_from_terms),
+        (c.norm_shift_terms(dx), c.norm_shift_from_terms),
+        (
+            c.norm_scale_terms(x, dx, y, dy, eps=1e-5, centred=True, bias=bias),
+            c.norm_scale_from_terms,
+        ),
+    ):
+        for result in terms:
+            stays_on_card(result, 16, 2)
+        for result in from_terms(*terms):
+            stays_on_card(result, 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])

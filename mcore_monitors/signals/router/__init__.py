@@ -21,16 +21,17 @@ from .load import (
     max_violation,
     underused_experts,
 )
-from .quantiles import ENTROPY_EDGES, MARGIN_EDGES, count_below, quantile
+from .quantiles import BINS, ENTROPY_EDGES, MARGIN_EDGES, count_upto, quantile
 
 __all__ = [
+    "BINS",
     "ENTROPY_EDGES",
     "MARGIN_EDGES",
     "bias_agreement",
     "centred_conditioning",
     "choice_map",
     "choose",
-    "count_below",
+    "count_upto",
     "dead_experts",
     "effective_experts",
     "largest_share",

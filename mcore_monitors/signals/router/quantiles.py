@@ -1,11 +1,13 @@
-"""Quantiles over tokens that are never in one place: counts below fixed edges, which add up.
+"""Quantiles over tokens that are never in one place: counts at fixed edges, which add up.
 
-A quantile comes out of the counts by linear interpolation inside a bin, so its error is at most the
-width of the bin that holds it:
+A value between two edges counts for both, the more the nearer it is, and a quantile comes out by
+linear interpolation of the counts. So it moves smoothly with the values: the same tokens in another
+order of addition give the same quantile up to rounding, which whole counts in bins would not. The
+error is at most twice the width of a bin:
 
-* entropy over ln E, in 128 bins that narrow towards 1, where a healthy router lives: at value v
-  at most 2√(1 − v)/128 + 1/128² (.016 at 0, .0056 at .87, 6e-5 at 1);
-* margin, in 128 bins: below 1e-6 at most 1e-6, from there on 11.5% of the value.
+* entropy over ln E, in 128 bins that narrow towards 1, where a healthy router lives: width at value
+  v at most 2√(1 − v)/128 + 1/128² (.016 at 0, .0056 at .87, 6e-5 at 1);
+* margin, in 128 bins: 1e-6 below 1e-6, from there on 11.5% of the value.
 """
 
 from __future__ import annotations
@@ -13,50 +15,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BINS = 128
-#: inner edges of the bins of [0, 1]
-ENTROPY_EDGES = tuple(1 - (1 - i / _BINS) ** 2 for i in range(1, _BINS))
-#: inner edges of the bins of [0, 1]: 1e-6, then each 1.115 times the one before it
-MARGIN_EDGES = tuple(10 ** (6 * i / (_BINS - 1) - 6) for i in range(_BINS - 1))
+BINS = 128
+#: edges of the bins of [0, 1], both ends included
+ENTROPY_EDGES = tuple(1 - (1 - i / BINS) ** 2 for i in range(BINS + 1))
+#: edges of the bins of [0, 1]: 0, 1e-6, then each 1.115 times the one before it
+MARGIN_EDGES = (0.0, *(10 ** (6 * i / (BINS - 1) - 6) for i in range(BINS)))
 
 
 @torch.no_grad()
-def count_below(values: Tensor, edges: Tensor) -> Tensor:
-    """How many values lie below each edge.
+def count_upto(values: Tensor, edges: Tensor) -> Tensor:
+    """How many values lie up to each edge; what lies between two edges counts for both in part.
 
-    By sorting: no synchronisation, and the same bits at every call.
+    A value v between edges a < b counts (b − v)/(b − a) up to a, and fully up to b. By sorting, so
+    there is no synchronisation and the bits are the same at every call; in float64, because sums
+    of values are compared with the width of a bin.
 
     Args:
-        values: [n, T]; +inf for a value that does not count.
-        edges: [n, bins − 1] rising.
+        values: [n, T]; +inf for a value that does not count. What lies beyond the last edge counts
+            at the last edge only.
+        edges: [n, bins + 1] float64, rising.
 
     Returns:
-        [n, bins − 1] int64.
+        [n, bins] float64: up to each edge but the last, where all values have been counted.
     """
-    return torch.searchsorted(values.sort(-1).values, edges)
+    ordered = values.double().sort(-1).values
+    below = torch.searchsorted(ordered, edges)
+    # sums of the values below each edge; what is beyond the last one is never looked at
+    sums = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0)).gather(-1, below)
+    between, total = below.diff(dim=-1), sums.diff(dim=-1)
+    return below[..., :-1] + (edges[..., 1:] * between - total) / edges.diff(dim=-1)
 
 
 @torch.no_grad()
-def quantile(below: Tensor, count: Tensor, edges: Tensor, q: float) -> Tensor:
-    """The q-quantile of values between 0 and 1, from counts below edges.
+def quantile(upto: Tensor, count: Tensor, edges: Tensor, q: float) -> Tensor:
+    """The q-quantile of values, from their counts at edges.
 
     Args:
-        below: [..., bins − 1] values below each edge; sums over ranks and micro-batches.
+        upto: [..., bins], sums of :func:`count_upto` over ranks and micro-batches.
         count: [...] number of values.
-        edges: [bins − 1] rising, between 0 and 1.
+        edges: [bins + 1] float64, rising.
         q: between 0 and 1.
 
     Returns:
-        [...] float64; NaN where nothing was counted.
+        [...] float64, between the first and the last edge; NaN where nothing was counted.
     """
     count = count.double().unsqueeze(-1)
-    edges = torch.nn.functional.pad(edges.double(), (1, 0))
-    edges = torch.nn.functional.pad(edges, (0, 1), value=1.0)
-    total = torch.cat([torch.zeros_like(count), below.double(), count], -1)
+    upto = torch.cat([torch.zeros_like(count), upto.double(), count], -1)
+    # half of what counts at an edge lies on either side of it
+    middle = (upto[..., 1:] + upto[..., :-1]) / 2
     wanted = q * count
-    # the first edge with enough values below it closes the bin
-    right = torch.searchsorted(total, wanted).clamp(1, edges.numel() - 1)
-    under, over = total.gather(-1, right - 1), total.gather(-1, right)
-    part = (wanted - under) / (over - under)
+    right = torch.searchsorted(middle, wanted).clamp(1, edges.numel() - 1)
+    under, over = middle.gather(-1, right - 1), middle.gather(-1, right)
+    part = ((wanted - under) / (over - under)).clamp(0, 1)
     value = edges[right - 1] + part * (edges[right] - edges[right - 1])
     return torch.where(count > 0, value, torch.nan).squeeze(-1)
