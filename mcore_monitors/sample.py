@@ -18,6 +18,7 @@ from mcore_monitors.errors import MonitorsError
 RECORD_VERSION = 1
 #: Significant digits kept in a record: what fp32 can hold, and lines stay short.
 RECORD_DIGITS = 7
+_FORMAT = f".{RECORD_DIGITS}g"
 
 
 def _finite(value: float | None) -> float | None:
@@ -28,7 +29,11 @@ def _finite(value: float | None) -> float | None:
 
 
 def _column(values: Iterable[float | None]) -> list[float | None]:
-    return [_finite(value) for value in values]
+    """As :func:`_finite`, in the few operations that a hundred thousand values leave time for."""
+    # x − x is zero for a finite x only; adding 0.0 makes zero of its negative
+    return [
+        None if x is None or x - x != 0 else float(format(x, _FORMAT)) + 0.0 for x in values
+    ]
 
 
 @dataclass(kw_only=True)

@@ -67,7 +67,10 @@ class JsonLines:
         Raises:
             OSError: the disk refuses.
         """
-        line = json.dumps(plain(record), allow_nan=False, separators=(",", ":"))
+        try:
+            line = _dumps(record)
+        except (TypeError, ValueError):  # something in it is not JSON's own
+            line = _dumps(plain(record))
         data = line.encode() + b"\n"
         if self._file.write(data) != len(data):
             raise OSError(f"{self.path}: the disk took only a part of a record (is it full?)")
@@ -77,6 +80,10 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; harmless when repeated."""
         self._file.close()
+
+
+def _dumps(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, separators=(",", ":"))
 
 
 def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
