@@ -1,0 +1,349 @@
+"""Which fault breaks which conservation residual, by how much, and at which sample it is caught.
+
+    python benchmarks/conservation.py --json conservation.json
+
+Trains a small language model (benchmarks/conservation_model.py, 16 sequences of 128 bytes of the
+standard library's sources a step) for 300 steps without a fault, then, from that checkpoint and for
+each fault, strength and format, takes ten healthy samples and three faulty ones, two steps apart.
+The tie mechanism of arXiv 2510.04212 needs tied maxima, which a model of this size does not have:
+it is run at the kernel's border on tensors that have them. Healthy runs go on from the same
+checkpoint with other data. About ten minutes on one core; finished rows are kept in --work and
+not run again.
+
+An alarm is one of two things, at one place and residual:
+
+* size: a unit's residual over its limit (floors.py);
+* direction: over the last 1, 3 or 10 samples the signed residual is one-sided beyond chance, p
+  below 1e-5 divided by all tests of a sample, and its mean is at least a quarter of the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from conservation_common import made_by  # noqa: E402
+from conservation_model import (  # noqa: E402
+    DIM,
+    EXPERTS,
+    FORMATS,
+    HEADS,
+    Faults,
+    Reading,
+    Text,
+    Training,
+    attention_readings,
+    readings,
+)
+
+from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E402
+from mcore_monitors.signals import conservation as c  # noqa: E402
+
+LENGTH, SEQUENCES, WARM_UP, HEALTHY_BEFORE, FAULTY = 128, 16, 300, 10, 3
+WINDOWS = (1, 3, 10)
+LEVEL = 1e-5
+#: A bias below this share of the floor is no fault, however sure.
+LEAST_BIAS = 0.25
+
+#: fault → (strengths, formats, place, heads)
+ALL = tuple(range(HEADS))
+KERNEL = {
+    "row_term": ((0.0003, 0.001, 0.003, 0.01), FORMATS, ALL),
+    "bit_mask": ((16, 18, 20, 22), FORMATS, ALL),
+    "backward_scale": ((0.01, 0.1), FORMATS, ALL),
+    "stale_row_term": ((0,), FORMATS, ALL),
+    "lost_key_block": ((16,), FORMATS, (1,)),
+    "mixed_scores": ((0.01, 0.1), FORMATS, (2,)),
+    "output_towards_zero": ((0,), FORMATS, ALL),
+}
+OTHER = {
+    "router_lost_column": (Faults(router=2), ("router", 2)),
+    "vocabulary_lost_shard": (Faults(vocabulary=3), ("loss", 0)),
+    "norm_without_projection": (Faults(norm=(2, 0)), ("norm", 2)),
+}
+
+
+class Judge:
+    """Alarms from readings: sizes at once, directions over windows."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[str, tuple[str, int]], list[c.DirectionWindow]] = {}
+
+    def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
+        """Alarms of one sample."""
+        found = list(found)
+        tests = len(WINDOWS) * sum(len(r.direction) for r in found)
+        alarms = []
+        for r in found:
+            key = (r.residual, r.place)
+            windows = self._windows.setdefault(
+                key, [c.DirectionWindow(len(d), 1, max(WINDOWS)) for d in r.direction]
+            )
+            over = [i for i, v in enumerate(r.value) if not v <= r.limit]
+            if over:
+                alarms.append(_alarm(r, "size", over))
+                for window in windows:
+                    window.clear()
+                continue
+            for window, sums in zip(windows, r.direction, strict=True):
+                window.add(sums)
+                for last in WINDOWS:
+                    units = self._biased(window.sums(last), r, math.log(LEVEL / tests))
+                    if units:
+                        alarms.append(_alarm(r, f"direction over {last}", units))
+                        break
+        return alarms
+
+    @staticmethod
+    def _biased(sums: Tensor, r: Reading, log_level: float) -> list[int]:
+        if not c.direction_layer_log_p(sums) <= log_level:
+            return []
+        bias = c.direction_bias(sums)
+        return [i for i in range(len(bias)) if bias[i] >= LEAST_BIAS * r.floor]
+
+
+def _alarm(r: Reading, by: str, units: list[int]) -> dict[str, Any]:
+    return {"residual": r.residual, "place": list(r.place), "units": units, "by": by}
+
+
+def over_floor(found: Iterable[Reading], place: tuple[str, int]) -> dict[str, float]:
+    """Residual → largest unit's size over the floor, at one place."""
+    return {r.residual: max(r.value) / r.floor for r in found if r.place == place}
+
+
+def run_fault(
+    training: Training,
+    fault: Faults,
+    place: tuple[str, int],
+    units: tuple[int, ...],
+) -> dict[str, Any]:
+    """Ten healthy samples, then three faulty ones; stops at the first alarm."""
+    judge, before, first = Judge(), 0, None
+    row: dict[str, Any] = {}
+    for sample in range(1 - HEALTHY_BEFORE, FAULTY + 1):
+        training.model.faults = fault if sample >= 1 else _remembering(fault)
+        training.step()
+        _, seen = training.step(sample=True)
+        found = list(readings(seen))
+        alarms = judge.sample(found)
+        if sample < 1:
+            before += bool(alarms)
+            continue
+        if sample == 1:
+            row["over_floor_by_residual"] = over_floor(found, place)
+        if alarms:
+            first = sample
+            row["alarms"] = alarms
+            right = [a for a in alarms if tuple(a["place"]) == place]
+            row["site_right"] = len(right) == len(alarms) and all(
+                set(a["units"]) <= set(units) for a in right
+            )
+            break
+    row |= {"first_sample": first, "alarms_before": before}
+    row.setdefault("site_right", False)
+    return _largest(row)
+
+
+def _remembering(fault: Faults) -> Faults:
+    """No fault yet; a stale row term has to remember the call before."""
+    stale = {n: f for n, f in fault.attention.items() if f.kind == "stale_row_term"}
+    return Faults(attention={n: KernelFault("stale_row_term", heads=()) for n in stale})
+
+
+def _largest(row: dict[str, Any]) -> dict[str, Any]:
+    """Say as ``over_floor`` that of the residual which alarmed, else the largest."""
+    sizes = row["over_floor_by_residual"]
+    named = [a["residual"] for a in row.get("alarms", []) if a["residual"] in sizes]
+    row["over_floor"] = max(sizes[n] for n in (named or sizes))
+    return row
+
+
+def tied_inputs(generator: torch.Generator, length: int = 256) -> tuple[Tensor, ...]:
+    """Two equal sink keys far above the others, values of one sign there, dO with a common part."""
+    shape = (length, SEQUENCES, HEADS, DIM)
+    q, k, v, do = (torch.randn(shape, generator=generator) for _ in range(4))
+    towards = torch.nn.functional.normalize(torch.randn(HEADS, DIM, generator=generator), dim=-1)
+    q = 0.3 * q + 8 * towards
+    k = 0.3 * k
+    k[:2] = 8 * towards
+    v[:2] = -1 - torch.rand(2, SEQUENCES, HEADS, DIM, generator=generator)
+    return q, k, v, do + 1.0
+
+
+def run_tie(fault: KernelFault | None, seed: int, samples: int) -> dict[str, Any]:
+    """Three samples of tied tensors in bfloat16, with the double rounding or without."""
+    generator = torch.Generator().manual_seed(seed)
+    judge, first = Judge(), None
+    row: dict[str, Any] = {}
+    for sample in range(1, samples + 1):
+        q, k, v, do = (x.bfloat16() for x in tied_inputs(generator))
+        for x in (q, k, v):
+            x.requires_grad_()
+        o = flash_attention(q, k, v, scale=DIM**-0.5, fault=fault)
+        grads = torch.autograd.grad(o, (q, k, v), do)
+        x, g = [t.detach() for t in (q, k, v, o)], [*grads, do]
+        found = list(attention_readings(("attention", 1), x, g))
+        alarms = judge.sample(found)
+        if sample == 1:
+            row["over_floor_by_residual"] = over_floor(found, ("attention", 1))
+        if alarms and first is None:
+            first = sample
+            row |= {"alarms": alarms, "site_right": True}
+    row |= {"first_sample": first, "alarms_before": None}
+    row.setdefault("site_right", False)
+    return _largest(row)
+
+
+class Kept:
+    """Finished rows, in a file that an interrupted run goes on from."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.folder = path.parent
+        self._rows = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, key: str, make: Any) -> Any:
+        if key not in self._rows:
+            self._rows[key] = make()
+            self._path.write_text(json.dumps(self._rows))
+        return self._rows[key]
+
+
+def checkpoint(work: Path) -> dict[str, Any]:
+    """The model after its healthy warm-up; trained once."""
+    path = work / "checkpoint.pt"
+    if not path.exists():
+        training = Training(LENGTH, SEQUENCES, seed=0)
+        for step in range(WARM_UP):
+            loss, _ = training.step()
+            if step % 50 == 49:
+                print(f"warm-up step {step + 1}: loss {loss:.2f}", flush=True)
+        torch.save(
+            {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()},
+            path,
+        )
+    return torch.load(path)
+
+
+def started(saved: dict[str, Any], fmt: str, seed: int) -> Training:
+    """A training that goes on from the checkpoint with data of its own."""
+    training = Training(LENGTH, SEQUENCES, seed=0)
+    training.model.load_state_dict(saved["model"])
+    training.optimizer.load_state_dict(saved["optimizer"])
+    training.steps = WARM_UP
+    training.model.format = fmt
+    training.text = Text(LENGTH, SEQUENCES, seed)
+    return training
+
+
+def run_healthy(saved: dict[str, Any], fmt: str, seed: int, samples: int) -> dict[str, Any]:
+    """A run without a fault, every step sampled: alarms of each kind and largest sizes."""
+    training, judge = started(saved, fmt, seed), Judge()
+    sizes, directions, largest = 0, 0, 0.0
+    for _ in range(samples):
+        _, seen = training.step(sample=True)
+        found = list(readings(seen))
+        alarms = judge.sample(found)
+        sizes += any(a["by"] == "size" for a in alarms)
+        directions += any(a["by"] != "size" for a in alarms)
+        largest = max(largest, *(max(r.value) / r.limit for r in found))
+    return {
+        "format": fmt, "seed": seed, "samples": samples, "over_limit": sizes,
+        "direction_alarms": directions, "largest_over_limit": largest,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python benchmarks/conservation.py --json conservation.json",
+    )
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "conservation")
+    parser.add_argument("--healthy", type=int, default=5, help="healthy runs of each format")
+    parser.add_argument("--samples", type=int, default=60, help="samples of a healthy run")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    saved, kept = checkpoint(arguments.work), Kept(arguments.work / "rows.json")
+    rows = []
+
+    def done(name: str, strength: float, fmt: str, row: dict[str, Any]) -> None:
+        rows.append({"fault": name, "strength": strength, "format": fmt} | row)
+        sizes = "  ".join(f"{n} {v:.2g}" for n, v in row["over_floor_by_residual"].items())
+        by = sorted({a["residual"] + " " + a["by"] for a in row.get("alarms", [])})
+        print(
+            f"{name:24} {strength:<7g} {fmt:14} first {row['first_sample']} site "
+            f"{'right' if row['site_right'] else 'not named'} | {sizes} | {'; '.join(by)}",
+            flush=True,
+        )
+
+    for name, (strengths, formats, heads) in KERNEL.items():
+        for strength in strengths:
+            for fmt in formats:
+                if name == "bit_mask" and strength == 16 and fmt != "fp32":
+                    continue  # these bits are none of bfloat16's
+
+                def make(name=name, strength=strength, fmt=fmt, heads=heads) -> dict[str, Any]:
+                    fault = KernelFault(name, strength, None if heads == ALL else heads)
+                    training = started(saved, fmt, seed=101)
+                    return run_fault(
+                        training, Faults(attention={1: fault}), ("attention", 1), heads
+                    )
+
+                done(name, strength, fmt, kept.get(f"{name} {strength} {fmt}", make))
+    for name, (fault, place) in OTHER.items():
+        for fmt in FORMATS:
+            row = kept.get(
+                f"{name} {fmt}",
+                lambda f=fault, p=place, t=fmt: run_fault(started(saved, t, 101), f, p, (0,)),
+            )
+            done(name, 1 / EXPERTS if place[0] == "router" else 1, fmt, row)
+    done("tie", 2, "bf16", kept.get("tie", lambda: run_tie(KernelFault("tie"), 1, FAULTY)))
+    healthy = [
+        kept.get(
+            f"healthy {fmt} {seed} {arguments.samples}",
+            lambda f=fmt, s=seed: run_healthy(saved, f, s, arguments.samples),
+        )
+        for fmt in FORMATS
+        for seed in range(201, 201 + arguments.healthy)
+    ]
+    tied = kept.get("healthy tie", lambda: run_tie(None, 2, 30))
+    for row in healthy:
+        print("healthy", row, flush=True)
+    print("tied tensors, right kernel, 30 samples: first alarm", tied["first_sample"])
+    result = {
+        "faults": rows,
+        "healthy_runs": len(healthy),
+        "healthy_over_limit": sum(r["over_limit"] > 0 for r in healthy),
+        "healthy_direction_alarms": sum(r["direction_alarms"] > 0 for r in healthy),
+        "healthy": healthy,
+        "tied_healthy_first_alarm": tied["first_sample"],
+        # of a training step; measured by benchmarks/overhead.py
+        "share_conservation": _share(),
+        "made_by": made_by(seed=[0, 101, *range(201, 201 + arguments.healthy)]),
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _share() -> float | None:
+    path = ROOT / "benchmarks" / "results" / "overhead.json"
+    return json.loads(path.read_text()).get("share_conservation") if path.exists() else None
+
+
+if __name__ == "__main__":
+    main()
