@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy
@@ -164,62 +165,82 @@ class Reading:
 
 
 @torch.no_grad()
+def attention_readings(
+    place: tuple[str, int], tensors: list[Tensor], gradients: list[Tensor]
+) -> Iterator[Reading]:
+    """The three attention residuals from (Q, K, V, O) and their gradients, [S, B, H, d] each."""
+    q, k, v, o = tensors
+    dq, dk, dv, do = gradients
+    terms = c.key_shift_terms(dk, query=q, output=o, grad_output=do)
+    along = c.key_shift_along(terms[0], c.key_shift_directions(q, o, do, k.shape[2]))
+    sizes = (len(k), k.shape[-1], k.dtype)
+    yield _reading("key_shift", place, c.key_shift_from_terms(*terms), along, terms[1], *sizes)
+    terms = c.value_output_terms(v, dv, o, do)
+    ratio = c.value_output_from_terms(*terms)
+    yield _reading("value_output", place, ratio, terms[0][None], terms[1], *sizes)
+    terms = c.query_key_terms(q, dq, k, dk)
+    ratio = c.query_key_from_terms(*terms)
+    yield _reading("query_key", place, ratio, terms[0][None], terms[1], *sizes)
+
+
+@torch.no_grad()
 def readings(seen: Seen) -> Iterator[Reading]:
     """All residuals of one sample, from the tensors it showed and their gradients."""
     for place, tensors in seen.items():
-        x = [t.detach() for t in tensors]
-        g = [t.grad for t in tensors]
-        dtype = x[0].dtype
+        x, g = [t.detach() for t in tensors], [t.grad for t in tensors]
         if place[0] == "attention":
-            (q, k, v, o), (dq, dk, dv, do) = x, g
-            length, size = len(k), k.shape[-1]
-            found = {
-                "key_shift": (
-                    c.key_shift_from_terms,
-                    c.key_shift_terms(dk, query=q, output=o, grad_output=do),
-                ),
-                "value_output": (
-                    c.value_output_from_terms,
-                    c.value_output_terms(v, dv, o, do),
-                ),
-                "query_key": (c.query_key_from_terms, c.query_key_terms(q, dq, k, dk)),
-            }
+            yield from attention_readings(place, x, g)
+            continue
+        if place[0] == "norm":
+            residual = "norm_scale"
+            terms = c.norm_scale_terms(x[0], g[0], x[1], g[1], eps=EPS, centred=False)
+            ratio = c.norm_scale_from_terms(*terms)
+        elif place[0] == "router":
+            residual, terms = "router_shift", c.router_shift_terms(g[0])
+            ratio = c.router_shift_from_terms(*terms)
         else:
-            size, length = x[0].shape[-1], len(x[0])
-            if place[0] == "norm":
-                terms = c.norm_scale_terms(x[0], g[0], x[1], g[1], eps=EPS, centred=False)
-                found = {"norm_scale": (c.norm_scale_from_terms, terms)}
-            elif place[0] == "router":
-                found = {"router_shift": (c.router_shift_from_terms, c.router_shift_terms(g[0]))}
-            else:
-                terms = c.vocabulary_shift_terms(g[0])
-                found = {"vocabulary_shift": (c.vocabulary_shift_from_terms, terms)}
-        for residual, (from_terms, (signed, scale)) in found.items():
-            total, count = from_terms(signed, scale)
-            if residual == "key_shift":
-                along = c.key_shift_along(signed, c.key_shift_directions(q, o, do, HEADS))
-            elif place[0] == "attention":
-                along = signed.unsqueeze(0)
-            else:  # [S, B] tokens: one number a sequence
-                along, scale = signed.sum(0)[None, :, None], scale.sum(0)[:, None]
-            yield Reading(
-                residual=residual,
-                place=place,
-                value=(total / count).tolist(),
-                limit=c.limit(residual, dtype, length, size),
-                floor=c.floor(residual, dtype, length, size),
-                direction=torch.stack([c.direction_terms(a, scale) for a in along]).double(),
-            )
+            residual, terms = "vocabulary_shift", c.vocabulary_shift_terms(g[0])
+            ratio = c.vocabulary_shift_from_terms(*terms)
+        # [S, B] tokens: for the direction one number a sequence
+        signed, scale = terms[0].sum(0)[None, :, None], terms[1].sum(0)[:, None]
+        sizes = (len(x[0]), x[0].shape[-1], x[0].dtype)
+        yield _reading(residual, place, ratio, signed, scale, *sizes)
+
+
+def _reading(
+    residual: str,
+    place: tuple[str, int],
+    ratio: tuple[Tensor, Tensor],
+    signed: Tensor,
+    scale: Tensor,
+    length: int,
+    size: int,
+    dtype: torch.dtype,
+) -> Reading:
+    return Reading(
+        residual=residual,
+        place=place,
+        value=(ratio[0] / ratio[1]).tolist(),
+        limit=c.limit(residual, dtype, length, size),
+        floor=c.floor(residual, dtype, length, size),
+        direction=torch.stack([c.direction_terms(x, scale) for x in signed]).double(),
+    )
+
+
+@cache
+def _bytes() -> Tensor:
+    """The first 400 sources, one after the other."""
+    paths = sources(Path(sysconfig.get_paths()["stdlib"]))[:400]
+    data = [numpy.frombuffer(p.read_bytes(), dtype=numpy.uint8) for p in paths]
+    end = numpy.array([END_OF_DOCUMENT], dtype=numpy.uint8)
+    return torch.from_numpy(numpy.concatenate([x for d in data for x in (d, end)]))
 
 
 class Text:
     """Batches of byte-level text, the same for the same seed."""
 
     def __init__(self, length: int, sequences: int, seed: int) -> None:
-        paths = sources(Path(sysconfig.get_paths()["stdlib"]))[:400]
-        data = [numpy.frombuffer(p.read_bytes(), dtype=numpy.uint8) for p in paths]
-        end = numpy.array([END_OF_DOCUMENT], dtype=numpy.uint8)
-        self._data = torch.from_numpy(numpy.concatenate([x for d in data for x in (d, end)]))
+        self._data = _bytes()
         self._shape = (length, sequences)
         self._random = torch.Generator().manual_seed(seed)
 

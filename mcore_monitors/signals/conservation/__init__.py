@@ -15,7 +15,7 @@ from .accumulate import (
     direction_log_p,
     direction_terms,
 )
-from .floors import RESIDUALS, floor, key_shift_limit, limit
+from .floors import RESIDUALS, floor, limit
 from .key_shift import (
     key_shift_along,
     key_shift_directions,
@@ -47,7 +47,6 @@ __all__ = [
     "key_shift_along",
     "key_shift_directions",
     "key_shift_from_terms",
-    "key_shift_limit",
     "key_shift_terms",
     "limit",
     "norm_scale_from_terms",

@@ -45,7 +45,7 @@ def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
     """
     vectors = signed.unsqueeze(-1) if signed.dim() == scale.dim() else signed
     counted = (scale != 0).unsqueeze(-1)
-    r = vectors / torch.where(counted, scale.unsqueeze(-1), 1.0)
+    r = torch.where(counted, vectors / torch.where(counted, scale.unsqueeze(-1), 1.0), 0.0)
     norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
     return torch.cat([r, norm, norm.square(), counted.to(r.dtype)], dim=-1).sum(0)
 

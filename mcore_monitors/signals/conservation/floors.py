@@ -108,8 +108,3 @@ def limit(
     if tf32 and dtype == torch.float32 and residual in _ATTENTION:
         dtype = torch.float16
     return MARGIN * floor(residual, dtype, sequence_length, head_dim)
-
-
-def key_shift_limit(dtype: torch.dtype, sequence_length: int, *, tf32: bool = False) -> float:
-    """:func:`limit` of the key shift, which does not depend on the head dimension."""
-    return limit("key_shift", dtype, sequence_length, 64, tf32=tf32)

@@ -47,9 +47,9 @@ from .terms import over_groups, ratio_sums, wide
 def key_shift_terms(
     dk: Tensor,
     *,
-    query: Tensor | None = None,
-    output: Tensor | None = None,
-    grad_output: Tensor | None = None,
+    query: Tensor,
+    output: Tensor,
+    grad_output: Tensor,
     softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The two sums of the key-shift residual over the keys and queries at hand.
@@ -59,26 +59,32 @@ def key_shift_terms(
     Args:
         dk: [S, B, G, d], gradient of the keys that enter QKᵀ (after rotary embedding). Packed
             sequences [T, G, d] go in as [T, 1, G, d]: each one's sum is zero, so is the total.
-        query: [S, B, H, d], output and grad_output: [S, B, H, v], softmax_scale: factor α on the
-            logits (1/√d by default). With them the scale gets the row term's part, so that it
-            can't vanish; without them it is the part of the keys alone.
+        query: [S, B, H, d], H a multiple of G; head h uses key head h // (H / G).
+        output, grad_output: [S, B, H, v].
+        softmax_scale: factor α on the logits, 1/√d by default.
 
     Returns:
-        (Σ_j dK_j [B, G, d], scale [B, G]), float32, or float64 for a float64 input.
-        scale = Σ_j ‖dK_j‖ + α Σ_i ‖q_i‖·‖dO_i∘O_i‖.
+        (Σ_j dK_j [B, G, d], scale [B, G]), float32, or float64 for a float64 input, with
+
+            scale = Σ_j ‖dK_j‖ + α Σ_i ‖q_i‖·‖dO_i∘O_i‖.
+
+    Why the second part. It is the size of what the row term δ_i = Σ_v dO_iv O_iv puts into Σ_j
+    dK_j, hence of its rounding. Where nearly all attention sits on one key the gradient of the keys
+    vanishes and its rounding does not: Σ_j ‖dK_j‖ alone gave ratios up to 1 for right kernels in
+    every format. With both parts they leave at most 3.3e-4 in bfloat16 (mean over heads and
+    sequences) on each of eight kinds of tensors, and a fault stands out of the noise as before. On
+    ordinary tensors the value is a half to a fifth of that without the second part.
 
     Summed in float32 whatever the format of ``dk``: on 128 to 8192 keys of a healthy float32
     kernel (floor 3.5e-8 to 9e-9) this adds 7e-9 to 2e-9, the ratio grows by 3% at most, four
     orders of magnitude below the limit. float64 sums cost ten times as much on a CPU.
     """
     dtype = torch.promote_types(dk.dtype, torch.float32)
-    scale = torch.linalg.vector_norm(dk, dim=-1, dtype=dtype).sum(0)
-    if query is not None and output is not None and grad_output is not None:
-        factor = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        row = torch.linalg.vector_norm(wide(output) * wide(grad_output), dim=-1)
-        row = row * torch.linalg.vector_norm(query, dim=-1, dtype=dtype)
-        scale = scale + factor * over_groups(row.sum(0), dk.shape[2])
-    return dk.sum(0, dtype=dtype), scale
+    alpha = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    keys = torch.linalg.vector_norm(dk, dim=-1, dtype=dtype).sum(0)
+    rows = torch.linalg.vector_norm(wide(output) * wide(grad_output), dim=-1)
+    rows = rows * torch.linalg.vector_norm(query, dim=-1, dtype=dtype)
+    return dk.sum(0, dtype=dtype), keys + alpha * over_groups(rows.sum(0), dk.shape[2])
 
 
 @torch.no_grad()
