@@ -59,12 +59,32 @@ class ConservationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionActivityConfig:
+    """Largest logits and entropy of the attention."""
+
+    enabled: Enabled = "auto"
+    #: queries of a sequence that are looked at; sequences up to this length are looked at whole
+    queries: Positive = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Update sizes and gradient spikes from Adam's state."""
+
+    enabled: Enabled = "auto"
+    #: layers take turns: each is read at one sample out of this many
+    every: Positive = 4
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorsConfig:
     """Which families of signals are watched."""
 
     attention_update: AttentionUpdateConfig = field(default_factory=AttentionUpdateConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     conservation: ConservationConfig = field(default_factory=ConservationConfig)
+    attention_activity: AttentionActivityConfig = field(default_factory=AttentionActivityConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +107,8 @@ class Config:
     console: bool = True
     #: a fault to inject on purpose; for rehearsals only
     drill: DrillConfig | None = None
+    #: end the run after the first sample and write no checkpoint; ``mcore-monitors check`` sets it
+    check: bool = False
 
     def __post_init__(self) -> None:
         update = self.monitors.attention_update

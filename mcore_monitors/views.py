@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 import torch
 
+from .catalogue.conservation import ATTENTION_RESIDUALS
+from .signals.optimizer import AdamStep
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replica:
@@ -119,6 +122,39 @@ class RouterView:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ActivityView:
+    """How the logits of one layer's attention are made, for heads of this rank."""
+
+    #: global number of the first local query head
+    first_head: int
+    #: local query heads
+    heads: int
+    #: factor on the product of query and key
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamState:
+    """The optimizer's state of one parameter, or of this rank's piece of it, after a step."""
+
+    weight: torch.Tensor
+    #: as the optimizer took it; None where it is gone
+    gradient: torch.Tensor | None
+    m: torch.Tensor
+    v: torch.Tensor
+    made: AdamStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerView:
+    """One parameter of a layer that this rank is to count; each counts on one rank only."""
+
+    layer: int
+    #: None before the first step
+    read: Callable[[], AdamState | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionCall:
     """One call of an attention kernel as its border shows it: what goes in and what comes out.
 
@@ -172,10 +208,6 @@ class NormCall:
     bias: torch.Tensor | None = None
 
 
-#: norms of a layer in the order of their values; the final one counts to the last layer
-NORMS = ("input", "pre-MLP", "query", "key", "final")
-
-
 @dataclass(kw_only=True)
 class Conserved:
     """One conservation residual: where it holds, and what sets its floor.
@@ -191,10 +223,6 @@ class Conserved:
     channels: int
     #: layers of this rank in which it holds, with (first unit here, number of units here)
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-
-#: the residuals of an attention kernel, in their full names
-ATTENTION_RESIDUALS = ("attention/key_shift", "attention/value_output", "attention/query_key")
 
 
 @dataclass(kw_only=True)
@@ -216,14 +244,16 @@ class ModelView:
     activation_dtype: torch.dtype
     sequence_length: int
     attention: list[AttentionView] = field(default_factory=list)
-    #: parts that the attention views of the whole model come in, the same on every rank
-    attention_parts: tuple[str, ...] = ("",)
     routers: list[RouterView] = field(default_factory=list)
     #: channels of a query or key, 0 where unknown
     head_dim: int = 0
     #: conservation residuals by name, the same names on every rank: those of attention and routers
     #: are there from the start, a host adds those of norms and of the output
     conserved: dict[str, Conserved] = field(default_factory=dict)
+    #: layers whose attention logits can be made again from query and key
+    activity: dict[int, ActivityView] = field(default_factory=dict)
+    #: parameters with Adam's state, those of this rank's share
+    optimizer: list[OptimizerView] = field(default_factory=list)
     #: one sentence for each thing that was found but can't be watched
     left_out: list[str] = field(default_factory=list)
 

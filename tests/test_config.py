@@ -26,6 +26,8 @@ SCHEMA = {
         "attention_update": {"enabled": "auto", "windows": [10, 50, 200], "snapshots": "device"},
         "router": {"enabled": "auto", "tokens": "all"},
         "conservation": {"enabled": "auto"},
+        "attention_activity": {"enabled": "auto", "queries": 32},
+        "optimizer": {"enabled": "auto", "every": 4},
     },
     "detection": {
         "warmup": 200,
@@ -53,6 +55,7 @@ SCHEMA = {
     },
     "console": True,
     "drill": None,
+    "check": False,
 }
 #: Sections that are empty by default, written out.
 DRILL = {"fault": "attention_row_term", "strength": 0.003, "layers": [], "from_iteration": 600}
@@ -154,7 +157,7 @@ def test_unknown_key(dotted: str, meant: str) -> None:
 
 def test_unknown_key_without_a_near_one_lists_them_all() -> None:
     text = str(refusal(settings("monitors.zzz", 1)))
-    assert "attention_update, conservation, router" in text
+    assert "attention_update, conservation, optimizer, router" in text
     assert "Did you mean" not in text
 
 

@@ -161,7 +161,8 @@ def attach(
         state=state,
     )
     # each pipeline stage knows of its own layers only
-    for sentence in parallel.union_of_texts(model.left_out):
+    left_out = parallel.union_of_texts(model.left_out)
+    for sentence in left_out:
         if writes:
             say(f"left out: {sentence}.")
     runtime.event(
@@ -175,6 +176,7 @@ def attach(
         limits=limits,
         windows=config.detection.windows,
         versions=versions,
+        left_out=left_out,
     )
     if progress.iteration > 0:
         runtime.resume(progress.iteration)

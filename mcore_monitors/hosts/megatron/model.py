@@ -14,9 +14,11 @@ from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 from ...parallel import GroupSum
 from ...views import ModelView, Replica
 from . import identities
+from .activity import activity_view
 from .graphs import captured
 from .main_weights import MainWeights
 from .observed import is_observed
+from .optimizer_state import optimizer_views
 from .router_weights import router_view
 from .weights import attention_views
 
@@ -30,7 +32,7 @@ class MegatronModel:
 
     Attributes:
         attentions, routers: global layer number to the observed core attention or router.
-        norms: (global layer number, place in ``views.NORMS``) to a norm that can be watched.
+        norms: (global layer number, place in ``NORMS``) to a norm that can be watched.
         outputs: the last layer's number to the output layer, where this rank has it.
         view: what monitors may see.
     """
@@ -44,6 +46,8 @@ class MegatronModel:
         self.attentions: dict[int, Any] = {}
         self.routers: dict[int, Any] = {}
         self.view = self._describe(chunks)
+        self.view.optimizer, left_out = optimizer_views(chunks, optimizer, self.groups)
+        self.view.left_out += left_out
         self.norms = identities.find_norms(chunks, self.view)
         self.outputs = identities.find_outputs(chunks, self.view)
         self._vocabulary = identities.vocabulary_group(chunks, self.groups)
@@ -86,8 +90,6 @@ class MegatronModel:
         )
         model = unwrap_model(chunks[0])
         identities.add_identities(view, config, getattr(model, "vocab_size", 0))
-        if getattr(config, "multi_latent_attention", False):
-            view.attention_parts = ("nope", "rope")
         replicas = self._dp_cp()
         tp = self.groups.tp
         # a router's weight is the same on all tensor-parallel ranks too
@@ -122,6 +124,11 @@ class MegatronModel:
                     "attention updates are read from 16-bit weights and carry their rounding"
                 )
         identities.take_attention(view, attention)
+        activity = activity_view(attention)
+        if isinstance(activity, str):
+            view.left_out.append(f"attention activity of layer {layer}: {activity}")
+        else:
+            view.activity[layer] = activity
 
     def _take_router(self, view: ModelView, router: Any, replicas: Replica) -> None:
         if not is_observed(router):

@@ -53,7 +53,7 @@ def walk(tensor_parallel: int) -> tuple[dict[str, list[Any]], list[str]]:
         new_fp32 = _read(described)
         exact = _ranks(update_spectra_qr, old, new)
         fast = _ranks(update_spectra, old_fp32, new_fp32)
-        parts = list(described.attention_parts)
+        parts = ["nope", "rope"] if layout.latent else [""]
         rows[name] = []
         for (part, head), value in exact.items():
             update = attentions.dense_delta2(old_dense[head], new_dense[head])[parts.index(part)]

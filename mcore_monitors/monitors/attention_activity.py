@@ -1,0 +1,74 @@
+"""Attention activity: largest logits and entropy of each head, from sampled queries.
+
+Records what :mod:`mcore_monitors.catalogue.attention_activity` lists.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..signals.attention import attention_activity
+from ..views import AttentionCall, ModelView
+from .base import Monitor, Readings, mean_by_layer
+
+
+class AttentionActivityMonitor(Monitor):
+    """Makes some rows of the attention again at the border of each kernel, on sampled steps only.
+
+    Args:
+        model: what the host shows; ``model.activity`` names the local layers and heads.
+        queries: how many queries of each sequence are looked at.
+    """
+
+    name = "attention_activity"
+
+    def __init__(self, model: ModelView, queries: int) -> None:
+        self._shape = (model.layers, model.heads)
+        self._queries = queries
+        self._views = model.activity
+        # rows: largest logit, entropy; sequences are counted on the host, where their number is
+        self._sums = {
+            layer: torch.zeros(2, view.heads, dtype=torch.float64, device=model.device)
+            for layer, view in model.activity.items()
+        }
+        self._sequences = dict.fromkeys(model.activity, 0)
+
+    def restart(self) -> None:
+        for layer, sums in self._sums.items():
+            sums.zero_()
+            self._sequences[layer] = 0
+
+    def schema(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(("max_logit", "entropy", "sequences"), self._shape)
+
+    def on_attention(self, layer: int, call: AttentionCall) -> None:
+        """Take in one micro-batch.
+
+        Raises:
+            ValueError: it holds packed sequences, whose borders the logits would cross.
+        """
+        if call.packed is not None or call.layout == "thd":
+            raise ValueError("packed sequences are not supported; turn this monitor off")
+        query = call.arranged(call.query.detach(), call.heads)
+        key = call.arranged(call.key.detach(), call.groups)
+        found = attention_activity(
+            query, key, scale=self._views[layer].scale, queries=self._queries
+        )
+        self._sums[layer][0] += found.max_logit
+        self._sums[layer][1] += found.entropy
+        self._sequences[layer] += query.shape[1]
+
+    def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+        for layer, view in self._views.items():
+            place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
+            fields["max_logit"][place] += self._sums[layer][0]
+            fields["entropy"][place] += self._sums[layer][1]
+            fields["sequences"][place] += self._sequences[layer]
+        self.restart()
+
+    def read(self, fields: dict[str, torch.Tensor]) -> Readings:
+        count = fields["sequences"]
+        return {
+            "attention/max_logit": mean_by_layer(fields["max_logit"], count),
+            "attention/entropy": mean_by_layer(fields["entropy"], count),
+        }
