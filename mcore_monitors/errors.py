@@ -14,6 +14,10 @@ from typing import Any
 EXIT_ROLLBACK = 85
 #: The allowed attempts are spent, or no good checkpoint exists; a person has to look.
 EXIT_GAVE_UP = 86
+#: ``mcore-monitors check`` found a broken conservation identity.
+EXIT_BROKEN = 87
+#: A run that was started by ``mcore-monitors check`` has measured what is needed and ends.
+EXIT_CHECKED = 88
 #: The configuration cannot be used (EX_CONFIG of sysexits.h); nothing was started.
 EXIT_BAD_CONFIG = 78
 

@@ -8,6 +8,7 @@ all.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from . import parallel
+from .catalogue import SIGNALS, base_name
 from .config import Config
 from .detection.judge import Judge
-from .errors import EXIT_GAVE_UP, EXIT_ROLLBACK, MonitorsError
+from .errors import EXIT_CHECKED, EXIT_GAVE_UP, EXIT_ROLLBACK, MonitorsError
 from .messages import say
 from .monitors.base import Monitor, StepState
 from .recovery import Action, Recovery
@@ -26,6 +28,8 @@ from .sinks import Sinks, effective_history
 from .steps import StepLog
 
 _GO_ON = 0
+#: samples after which a check ends without a finite residual
+_CHECK_SAMPLES = 50
 
 
 class Runtime:
@@ -59,6 +63,7 @@ class Runtime:
         self.judge, self.recovery, self.attempt = judge, recovery, attempt
         self.exit_code: int | None = None
         self._closed = False
+        self._check_samples = 0
         self._device = device
         self._errors: dict[str, str] = {}
         self._steps = StepLog(
@@ -174,8 +179,21 @@ class Runtime:
         self.sinks.sample(sample)
         if self.config.recovery.mode == "rollback":
             decision = parallel.broadcast_code(decision, self._device)
+        if self.config.check and self._is_checked(sample):
+            decision = EXIT_CHECKED
         self.exit_code = decision or None
         self._steps.clear()
+
+    def _is_checked(self, sample: Sample) -> bool:
+        """Whether a check has what it needs: loss scaling may make the first steps overflow."""
+        self._check_samples += 1
+        return self._check_samples >= _CHECK_SAMPLES or any(
+            math.isfinite(value)
+            for signal, layers in sample.signals.items()
+            if SIGNALS[base_name(signal)].family == "conservation"
+            for values in layers.values()
+            for value in values
+        )
 
     def _would_wait_for_a_failed_rank(self) -> set[str]:
         """Monitors whose ``collect`` waits for other ranks, one of which has failed already.

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from mcore_monitors.errors import MonitorsError
 
@@ -47,14 +48,22 @@ class Children:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def run(self, command: Sequence[str]) -> int:
+    def run(self, command: Sequence[str], output: IO[str] | None = None) -> int:
         """Run a command to its end and return its exit code, 128 + n where signal n ended it.
+
+        Args:
+            output: takes what the command prints, instead of the terminal.
 
         Raises:
             MonitorsError: the command cannot be started.
         """
         try:
-            process = subprocess.Popen(command, start_new_session=True)
+            process = subprocess.Popen(
+                command,
+                start_new_session=True,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+            )
         except OSError as error:
             raise MonitorsError(f"cannot start {command[0]!r}: {error.strerror}") from error
         self._group = process.pid

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from mcore_monitors.cli.child import Children
+from mcore_monitors.cli.settings import OPTIONS, YAML_OPTIONS
 from mcore_monitors.errors import (
     EXIT_BAD_CONFIG,
     EXIT_GAVE_UP,
@@ -36,9 +37,6 @@ Examples:
   mcore-monitors launch -- deepspeed --num_accelerators 2 train.py --mcore-monitors moe.yaml
   mcore-monitors launch --max-relaunches 3 --delay 30 -- torchrun --nproc-per-node 8 train.py ...
 """
-#: Options whose value is a file that may hold our settings.
-_YAML_OPTIONS = ("--mcore-monitors",)
-_JSON_OPTIONS = ("--deepspeed_config", "--deepspeed-config", "--deepspeed")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -125,14 +123,14 @@ def find_run_dir(command: Sequence[str]) -> Path | None:
     """
     for i, word in enumerate(command):
         option, equals, value = word.partition("=")
-        if option not in (*_YAML_OPTIONS, *_JSON_OPTIONS):
+        if option not in OPTIONS:
             continue
         name = value if equals else next(iter(command[i + 1 : i + 2]), "")
         try:
             text = Path(name).read_text(encoding="utf-8")
             settings = (
                 yaml.safe_load(text)
-                if option in _YAML_OPTIONS
+                if option in YAML_OPTIONS
                 else json.loads(text)["mcore_monitors"]
             )
             return Path(settings["run_dir"])

@@ -23,7 +23,16 @@ EVENT_VERSION = 1
 #: Kind → the fields it always has, beside v, time, kind, iteration and attempt.
 KINDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "start": ("world_size", "layers", "monitors", "mode", "limits", "host", "versions"),
+        "start": (
+            "world_size",
+            "layers",
+            "monitors",
+            "mode",
+            "limits",
+            "host",
+            "versions",
+            "left_out",
+        ),
         "resume": ("from_iteration",),
         "drill": ("fault", "strength", "layers", "from_iteration"),
         "alarm": (

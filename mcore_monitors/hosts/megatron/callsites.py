@@ -57,10 +57,20 @@ def on_arguments(args: argparse.Namespace) -> None:
     except MonitorsError as error:
         _refuse(error)
     _run.runtime = None
+    if _run.config.check:
+        _only_look(args)
     order = _run.order
     if order is not None:
         args.load = order.load_dir
         args.ckpt_step = order.iteration
+
+
+def _only_look(args: argparse.Namespace) -> None:
+    """For a check: nothing of the run is to stay behind."""
+    args.save = args.save_interval = args.non_persistent_save_interval = None
+    args.tensorboard_dir = None
+    args.wandb_project = ""
+    args.eval_iters = 0
 
 
 def on_layer_spec(spec: Any) -> Any:
