@@ -1,9 +1,9 @@
-# make setup | test | demo SEED=n | clean      (a virtual environment in .venv does all the work)
+# make setup | test | demo SEED=n | demo-deepspeed SEED=n | clean   (all in the environment .venv)
 SEED ?= 0
 PYTHON := .venv/bin/python
 STAMP := .venv/.setup-done
 
-.PHONY: setup test demo clean
+.PHONY: setup test demo demo-deepspeed clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -18,6 +18,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(PYTHON) -W ignore launch/demo.py --seed $(SEED)
+
+demo-deepspeed: $(STAMP)
+	$(PYTHON) -W ignore launch/demo_deepspeed.py --seed $(SEED)
 
 clean:
 	rm -rf .venv runs build dist .pytest_cache .ruff_cache

@@ -31,6 +31,26 @@ def sources(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
+def documents(root: str | Path | None = None) -> list[Path]:
+    """Return the sources to train on, of the standard library where no folder is given.
+
+    Raises:
+        FileNotFoundError: when the folder holds no Python source.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
+    found = sources(root)
+    if not found:
+        raise FileNotFoundError(f"no Python sources below {root}")
+    return found
+
+
+def tokens_of(document: Path) -> numpy.ndarray:
+    """Return a document's bytes with the mark of its end, uint8."""
+    tokens = numpy.frombuffer(document.read_bytes(), dtype=numpy.uint8)
+    # The few files that are not UTF-8 could hold the mark: it must stay unique.
+    return numpy.append(tokens[tokens != END_OF_DOCUMENT], numpy.uint8(END_OF_DOCUMENT))
+
+
 def build(output: str | Path, root: str | Path | None = None) -> Path:
     """Write the dataset unless it is there, and return its prefix (what --data-path takes).
 
@@ -45,10 +65,7 @@ def build(output: str | Path, root: str | Path | None = None) -> Path:
     final = {kind: output.with_name(f"{output.name}.{kind}") for kind in ("bin", "idx")}
     if all(path.exists() for path in final.values()):
         return output
-    root = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
-    documents = sources(root)
-    if not documents:
-        raise FileNotFoundError(f"no Python sources below {root}")
+    found = documents(root)
 
     # Imported late: Megatron takes seconds, and the dataset is mostly there already.
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -59,10 +76,8 @@ def build(output: str | Path, root: str | Path | None = None) -> Path:
     partial = {k: path.with_name(f".{path.name}.{os.getpid()}") for k, path in final.items()}
     try:
         builder = IndexedDatasetBuilder(str(partial["bin"]), dtype=numpy.uint8)
-        for path in tqdm(documents, desc="text", unit="file"):
-            tokens = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
-            # The few files that are not UTF-8 could hold the mark: it must stay unique.
-            tokens = numpy.append(tokens[tokens != END_OF_DOCUMENT], numpy.uint8(END_OF_DOCUMENT))
+        for path in tqdm(found, desc="text", unit="file"):
+            tokens = tokens_of(path)
             builder.add_document(tokens, [len(tokens)])
         builder.finalize(str(partial["idx"]))
         for kind in ("bin", "idx"):  # the index last: it is what makes the dataset complete
