@@ -13,8 +13,10 @@ not run again.
 An alarm is one of two things, at one place and residual:
 
 * size: a unit's residual over its limit (floors.py);
-* direction: over the last 1, 3 or 10 samples the signed residual is one-sided beyond chance, p
-  below 1e-5 divided by all tests of a sample, and its mean is at least a quarter of the floor.
+* direction, of the key shift only: over the last 1, 3 or 10 samples the part along one of the row
+  term's directions is one-sided beyond chance, p below 1e-5 divided by all tests of a sample, and
+  its mean is at least a quarter of the floor. (The other residuals can be one-sided in a healthy
+  bfloat16 kernel: probabilities that are alike in all rows are rounded alike.)
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from conservation_common import made_by  # noqa: E402
+from conservation_common import attention_inputs, made_by  # noqa: E402
 from conservation_model import (  # noqa: E402
     DIM,
     EXPERTS,
@@ -69,7 +71,9 @@ KERNEL = {
 }
 OTHER = {
     "router_lost_column": (Faults(router=2), ("router", 2)),
-    "vocabulary_lost_shard": (Faults(vocabulary=3), ("loss", 0)),
+    "vocabulary_lost_shard": (Faults(vocabulary=1), ("loss", 0)),
+    # bytes from 192 on hardly occur: the shard had 2e-4 of the probability
+    "vocabulary_lost_rare_shard": (Faults(vocabulary=3), ("loss", 0)),
     "norm_without_projection": (Faults(norm=(2, 0)), ("norm", 2)),
 }
 
@@ -78,24 +82,22 @@ class Judge:
     """Alarms from readings: sizes at once, directions over windows."""
 
     def __init__(self) -> None:
-        self._windows: dict[tuple[str, tuple[str, int]], list[c.DirectionWindow]] = {}
+        self._windows: dict[tuple[str, int], list[c.DirectionWindow]] = {}
 
     def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
         """Alarms of one sample."""
         found = list(found)
-        tests = len(WINDOWS) * sum(len(r.direction) for r in found)
+        tests = len(WINDOWS) * sum(len(r.direction) for r in found if r.direction is not None)
         alarms = []
         for r in found:
-            key = (r.residual, r.place)
-            windows = self._windows.setdefault(
-                key, [c.DirectionWindow(len(d), 1, max(WINDOWS)) for d in r.direction]
-            )
             over = [i for i, v in enumerate(r.value) if not v <= r.limit]
             if over:
                 alarms.append(_alarm(r, "size", over))
-                for window in windows:
-                    window.clear()
+            if over or r.direction is None:
                 continue
+            windows = self._windows.setdefault(
+                r.place, [c.DirectionWindow(len(d), 1, max(WINDOWS)) for d in r.direction]
+            )
             for window, sums in zip(windows, r.direction, strict=True):
                 window.add(sums)
                 for last in WINDOWS:
@@ -169,25 +171,14 @@ def _largest(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def tied_inputs(generator: torch.Generator, length: int = 256) -> tuple[Tensor, ...]:
-    """Two equal sink keys far above the others, values of one sign there, dO with a common part."""
-    shape = (length, SEQUENCES, HEADS, DIM)
-    q, k, v, do = (torch.randn(shape, generator=generator) for _ in range(4))
-    towards = torch.nn.functional.normalize(torch.randn(HEADS, DIM, generator=generator), dim=-1)
-    q = 0.3 * q + 8 * towards
-    k = 0.3 * k
-    k[:2] = 8 * towards
-    v[:2] = -1 - torch.rand(2, SEQUENCES, HEADS, DIM, generator=generator)
-    return q, k, v, do + 1.0
-
-
 def run_tie(fault: KernelFault | None, seed: int, samples: int) -> dict[str, Any]:
     """Three samples of tied tensors in bfloat16, with the double rounding or without."""
     generator = torch.Generator().manual_seed(seed)
     judge, first = Judge(), None
     row: dict[str, Any] = {}
     for sample in range(1, samples + 1):
-        q, k, v, do = (x.bfloat16() for x in tied_inputs(generator))
+        tensors = attention_inputs("two tied sinks", 256, SEQUENCES, HEADS, DIM, generator)
+        q, k, v, do = (x.bfloat16() for x in tensors)
         for x in (q, k, v):
             x.requires_grad_()
         o = flash_attention(q, k, v, scale=DIM**-0.5, fault=fault)
@@ -274,7 +265,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "conservation")
     parser.add_argument("--healthy", type=int, default=5, help="healthy runs of each format")
-    parser.add_argument("--samples", type=int, default=60, help="samples of a healthy run")
+    parser.add_argument("--samples", type=int, default=40, help="samples of a healthy run")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,8 @@ KINDS = {
     "sink": "nearly all attention on the first key",
     "sink, constant dO": "the same, dO nearly one vector: dK almost vanishes",
     "extreme sink": "logits of 30 and more on the first key, dO one vector: dK vanishes",
+    "two tied sinks": "two equal keys take nearly all, V of one sign, dO with a common part: every "
+    "row rounds alike",
     "constant V and dO": "nearly no difference between values: dS almost vanishes",
 }
 
@@ -46,6 +48,15 @@ def attention_inputs(
         do = do + 0.1 * normal(1, sequences, 1, dim)
     elif kind == "large logits":
         q = 10 * q
+    elif kind == "two tied sinks":
+        # The others have e^-11 of a sink's weight: enough to turn every tie of a biased kernel's
+        # rounding the same way, too little for more.
+        reach = (11 * dim**0.5) ** 0.5
+        towards = torch.nn.functional.normalize(normal(1, 1, heads, dim), dim=-1)
+        q, k = 0.3 * q + reach * towards, 0.3 * k
+        k[:2] = reach * towards[0]
+        v = -1 - torch.rand(whole, generator=generator)
+        do = do + 1
     elif "sink" in kind:
         towards = torch.nn.functional.normalize(normal(1, 1, heads, dim), dim=-1)
         if kind == "extreme sink":

@@ -3,7 +3,7 @@
     python benchmarks/conservation_floors.py --json floors.json
 
 Attention: fused (flash) and unfused (math) ``scaled_dot_product_attention``, causal, and fused
-under autocast, on eight kinds of tensors (benchmarks/conservation_common.py). Norms, cross-entropy
+under autocast, on nine kinds of tensors (benchmarks/conservation_common.py). Norms, cross-entropy
 and router softmax on random, common and extreme inputs. Each row says the mean over heads and
 sequences (what a monitor reads) and the largest single one. Two cores, no GPU: about a minute.
 """

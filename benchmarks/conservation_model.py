@@ -153,15 +153,15 @@ def rotated(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """One residual at one place: per unit its size over its limit, and terms for the direction."""
+    """One residual at one place: its size per unit, and terms for the direction."""
 
     residual: str
     place: tuple[str, int]
     value: list[float]
     limit: float
     floor: float
-    #: sums of :func:`direction_terms` over the sample's sequences, [kinds, units, 4]
-    direction: Tensor
+    #: of the key shift, sums of :func:`direction_terms` over the sample's sequences: [2, units, 4]
+    direction: Tensor | None
 
 
 @torch.no_grad()
@@ -171,16 +171,15 @@ def attention_readings(
     """The three attention residuals from (Q, K, V, O) and their gradients, [S, B, H, d] each."""
     q, k, v, o = tensors
     dq, dk, dv, do = gradients
-    terms = c.key_shift_terms(dk, query=q, output=o, grad_output=do)
-    along = c.key_shift_along(terms[0], c.key_shift_directions(q, o, do, k.shape[2]))
     sizes = (len(k), k.shape[-1], k.dtype)
-    yield _reading("key_shift", place, c.key_shift_from_terms(*terms), along, terms[1], *sizes)
-    terms = c.value_output_terms(v, dv, o, do)
-    ratio = c.value_output_from_terms(*terms)
-    yield _reading("value_output", place, ratio, terms[0][None], terms[1], *sizes)
-    terms = c.query_key_terms(q, dq, k, dk)
-    ratio = c.query_key_from_terms(*terms)
-    yield _reading("query_key", place, ratio, terms[0][None], terms[1], *sizes)
+    signed, scale = c.key_shift_terms(dk, query=q, output=o, grad_output=do)
+    along = c.key_shift_along(signed, c.key_shift_directions(q, o, do, k.shape[2]))
+    directions = torch.stack([c.direction_terms(x, scale) for x in along]).double()
+    yield _reading("key_shift", place, c.key_shift_from_terms(signed, scale), directions, *sizes)
+    ratio = c.value_output_from_terms(*c.value_output_terms(v, dv, o, do))
+    yield _reading("value_output", place, ratio, None, *sizes)
+    ratio = c.query_key_from_terms(*c.query_key_terms(q, dq, k, dk))
+    yield _reading("query_key", place, ratio, None, *sizes)
 
 
 @torch.no_grad()
@@ -196,23 +195,19 @@ def readings(seen: Seen) -> Iterator[Reading]:
             terms = c.norm_scale_terms(x[0], g[0], x[1], g[1], eps=EPS, centred=False)
             ratio = c.norm_scale_from_terms(*terms)
         elif place[0] == "router":
-            residual, terms = "router_shift", c.router_shift_terms(g[0])
-            ratio = c.router_shift_from_terms(*terms)
+            residual = "router_shift"
+            ratio = c.router_shift_from_terms(*c.router_shift_terms(g[0]))
         else:
-            residual, terms = "vocabulary_shift", c.vocabulary_shift_terms(g[0])
-            ratio = c.vocabulary_shift_from_terms(*terms)
-        # [S, B] tokens: for the direction one number a sequence
-        signed, scale = terms[0].sum(0)[None, :, None], terms[1].sum(0)[:, None]
-        sizes = (len(x[0]), x[0].shape[-1], x[0].dtype)
-        yield _reading(residual, place, ratio, signed, scale, *sizes)
+            residual = "vocabulary_shift"
+            ratio = c.vocabulary_shift_from_terms(*c.vocabulary_shift_terms(g[0]))
+        yield _reading(residual, place, ratio, None, len(x[0]), x[0].shape[-1], x[0].dtype)
 
 
 def _reading(
     residual: str,
     place: tuple[str, int],
     ratio: tuple[Tensor, Tensor],
-    signed: Tensor,
-    scale: Tensor,
+    direction: Tensor | None,
     length: int,
     size: int,
     dtype: torch.dtype,
@@ -223,7 +218,7 @@ def _reading(
         value=(ratio[0] / ratio[1]).tolist(),
         limit=c.limit(residual, dtype, length, size),
         floor=c.floor(residual, dtype, length, size),
-        direction=torch.stack([c.direction_terms(x, scale) for x in signed]).double(),
+        direction=direction,
     )
 
 

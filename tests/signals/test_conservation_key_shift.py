@@ -59,7 +59,7 @@ def test_faulty_kernel_is_over_the_limit_at_once(strength, logits):
     assert found > limit("key_shift", torch.float32, S, d)
 
 
-@pytest.mark.parametrize("strength", [0.006, 0.01])
+@pytest.mark.parametrize("strength", [0.01, 0.03])
 def test_faulty_bfloat16_kernel_is_over_the_limit(strength):
     def faulty(q, k, v):
         return attention_row_term(q, k, v, scale=SCALE, strength=strength)

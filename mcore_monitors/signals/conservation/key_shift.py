@@ -72,7 +72,7 @@ def key_shift_terms(
     dK_j, hence of its rounding. Where nearly all attention sits on one key the gradient of the keys
     vanishes and its rounding does not: Σ_j ‖dK_j‖ alone gave ratios up to 1 for right kernels in
     every format. With both parts they leave at most 3.3e-4 in bfloat16 (mean over heads and
-    sequences) on each of eight kinds of tensors, and a fault stands out of the noise as before. On
+    sequences) on each of nine kinds of tensors, and a fault stands out of the noise as before. On
     ordinary tensors the value is a half to a fifth of that without the second part.
 
     Summed in float32 whatever the format of ``dk``: on 128 to 8192 keys of a healthy float32
