@@ -5,7 +5,12 @@ import torch
 
 from mcore_monitors.signals import update_spectra as module
 from mcore_monitors.signals.spectra import Measures, effective_rank, measures
-from mcore_monitors.signals.update_spectra import UpdateSpectra, update_grams, update_spectra
+from mcore_monitors.signals.update_spectra import (
+    UpdateSpectra,
+    delta2_spectrum,
+    update_grams,
+    update_spectra,
+)
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 H, d, D = 4, 8, 40
@@ -74,7 +79,7 @@ def assert_same_measures(got: UpdateSpectra, want: UpdateSpectra, rtol: float):
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("shape", [(8, 40), (16, 64), (6, 5), (8, 12)])
+@pytest.mark.parametrize("shape", [(8, 40), (16, 64), (6, 5), (8, 12), (40, 96)])
 @pytest.mark.parametrize("rank, noise", [(8, 0.0), (1, 0.1)])
 def test_all_matrices_and_measures(groups, shape, rank, noise):
     """MHA, grouped and single key; also fewer hidden dimensions than head channels."""
@@ -123,6 +128,13 @@ def test_pieces_give_what_one_piece_gives(monkeypatch):
     monkeypatch.setattr(module, "_PIECE_BYTES", {"cpu": 2**30})
     for one, other in zip(pieces, update_grams(*w), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_delta2_alone(groups):
+    w = case(1e-3, 3, 0.01, 0.0, groups=groups)
+    alone = delta2_spectrum(update_grams(*w))
+    torch.testing.assert_close(alone, update_spectra(*w).delta2, rtol=1e-12, atol=0)
 
 
 def test_planted_rank_one_update():
