@@ -29,6 +29,7 @@ SIGNALS = (
         unit="head",
         healthy="drifts",
         watch="record",
+        measure="nats",
         formula="mean over sequences and sampled queries of −Σ_j A_j ln A_j "
         "(nats, from 0 to ln of the keys)",
         source="arXiv 2303.06296",

@@ -65,6 +65,7 @@ def _measure(matrix: str, measure: str) -> SignalInfo:
         formula=definition.format(matrix=formula, most=most),
         source=f"{MDM}, {'first-order attention update' if matrix == 'delta2' else 'companion'}",
         meaning=meaning.format(what=what),
+        measure={"spectral_entropy": "nats", "frobenius": "weight"}.get(measure, "1"),
         tested=_TESTED,
     )
 

@@ -36,6 +36,7 @@ def _residual(
         formula=formula,
         source=source,
         meaning=meaning,
+        measure="nats" if "(nats)" in formula else "1",
         tested=tested,
     )
 

@@ -27,6 +27,8 @@ class SignalInfo:
     """The definition, in one line."""
     source: str
     """Paper, equation or derivation."""
+    measure: str = "1"
+    """Unit of the number, e.g. ``nats``; ``1`` for ratios, shares and other pure numbers."""
     meaning: str = ""
     """What it means when it moves, in one or two sentences."""
     tested: str = ""

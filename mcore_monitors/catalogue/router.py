@@ -35,6 +35,7 @@ def _quantiles_of_entropy() -> list[SignalInfo]:
         _signal(
             f"routing_entropy{kind}_{suffix}",
             healthy="drifts",
+            measure="1" if kind else "nats",
             formula=f"{int(suffix[1:])}% quantile over tokens of the routing entropy{over} "
             f"({unit}; {bound})",
             source="own; a distribution shows what a mean hides",
@@ -83,6 +84,7 @@ SIGNALS = (
     _signal(
         "routing_entropy",
         healthy="drifts",
+        measure="nats",
         watch="both",
         formula="mean over tokens of −Σ_e p_e ln p_e, p over all experts before top-k, without the "
         "expert bias; softmax, or σ(z)/Σσ(z) (nats, from 0 to ln E)",
@@ -102,6 +104,7 @@ SIGNALS = (
     _signal(
         "predicted_entropy",
         healthy="drifts",
+        measure="nats",
         formula="ln E − tr(W_c M W_cᵀ)/(2E), W_c the centred rows, M = mean of x xᵀ; computed as "
         "the mean over tokens of ln E − ‖z − z̄‖²/(2E), z the logits (sigmoid: ln σ(z)), which is "
         "the same number (nats, without a lower bound)",
@@ -112,6 +115,7 @@ SIGNALS = (
     _signal(
         "prediction_gap",
         healthy="drifts",
+        measure="nats",
         formula="routing entropy − predicted entropy (nats)",
         source="own",
         meaning="Near zero: routing is close to uniform, and size tells all. Large: few experts "
@@ -120,6 +124,7 @@ SIGNALS = (
     _signal(
         "mixing_entropy",
         healthy="drifts",
+        measure="nats",
         formula="mean over tokens of −Σ_c q_c ln q_c over the chosen experts, q_c = p_c/Σ p "
         "(nats, from 0 to ln k); expert bias and group limits enter by what is chosen",
         source="own",
@@ -156,6 +161,7 @@ SIGNALS = (
     _signal(
         "effective_experts",
         healthy="drifts",
+        measure="experts",
         formula="exp(−Σ_e f_e ln f_e), f the experts' shares of the load (from 1 to E)",
         source="own; exponential of the load's entropy",
         meaning="Falling: capacity of the model goes unused.",
@@ -184,6 +190,7 @@ SIGNALS = (
     _signal(
         "largest_share_held",
         healthy="drifts",
+        measure="samples",
         formula="samples on end for which the same expert has had the largest load (from 1; starts "
         "anew on resume)",
         source="own; a stable winner in the sense of " + MDM,
@@ -193,6 +200,7 @@ SIGNALS = (
     _signal(
         "z",
         healthy="drifts",
+        measure="nats²",
         formula="mean over tokens of ln²(Σ_e exp z_e), z the logits",
         source="ST-MoE, arXiv 2202.08906, equation 5",
         meaning="Rising: logits grow, and their rounding errors with them; a z-loss holds it.",
