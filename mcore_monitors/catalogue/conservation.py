@@ -25,7 +25,13 @@ _BIAS = (
 
 
 def _residual(
-    name: str, unit: str, formula: str, meaning: str, tested: str, source: str = _OURS
+    name: str,
+    unit: str,
+    formula: str,
+    meaning: str,
+    tested: str,
+    source: str = _OURS,
+    measure: str = "1",
 ) -> SignalInfo:
     return SignalInfo(
         name=name,
@@ -36,7 +42,7 @@ def _residual(
         formula=formula,
         source=source,
         meaning=meaning,
-        measure="nats" if "(nats)" in formula else "1",
+        measure=measure,
         tested=tested,
     )
 
@@ -79,6 +85,7 @@ SIGNALS = (
             "not; a biased kernel does, even where each single residual is within its limit.",
             _ATTENTION,
             "own derivation; bound after Pinelis, Ann. Probab. 22 (1994) 1679",
+            "nats",
         )
         for name in ("key_shift", "value_output", "query_key")
     ),
