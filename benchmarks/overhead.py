@@ -3,12 +3,16 @@
     python benchmarks/overhead.py --json overhead.json
 
 Trains the demo's model with the real Megatron-core in two processes and changes, every interval of
-ten steps, which monitors are on: none, all, attention updates, router, conservation residuals, and
-round again. A block holds one sample, as a run at interval 10 does. The time of a mode is nine times
-the median of its steps without a sample and once the median of its steps with one, over all its
-blocks, and its share (time of the mode) / (time with none) − 1: a machine that slows down for a
-while slows all modes alike, and a single hiccup moves no median. The 95% interval is from 1,000
-bootstrap draws over rounds.
+ten steps, which monitors are on: none, all, each alone, and round again, with their default
+settings. A block holds one sample, as a run at interval 10 does. The time of a mode is nine times
+the median of its steps without a sample and once that of its steps with one, over all its blocks,
+and its share (time of the mode) / (time with none) − 1: a machine that slows down for a while slows
+all modes alike, and a single hiccup moves no median. Every fifth sample of the attention updates
+compares all windows and costs more: the two kinds have a median each, weighted 4 to 1. The 95%
+interval is from 1,000 bootstrap draws over rounds.
+
+Between blocks, outside of the timed steps, the attention updates are also measured shared over the
+two data-parallel ranks and not shared, on the same live model.
 """
 
 from __future__ import annotations
@@ -30,13 +34,21 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "benchmarks")]
 
-from overhead_worker import MODES  # noqa: E402
+from overhead_worker import MODES, SEEN  # noqa: E402
+
+from mcore_monitors.windows import SELDOM  # noqa: E402
 
 INTERVAL = 10
+#: names in the results where they are not those of the settings
+KEYS = {"attention_update": "attention"}
 
 
-def run(rounds: int, folder: Path) -> np.ndarray:
-    """Train and return the seconds of every step [round, mode, step], two first rounds left out."""
+def run(rounds: int, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """Train; the first two rounds are left out.
+
+    Returns:
+        Seconds of every step [round, mode, step], and what was measured of sharing.
+    """
     import text
     from demo_model import MEGATRON_ARGUMENTS
 
@@ -45,8 +57,6 @@ def run(rounds: int, folder: Path) -> np.ndarray:
     settings = {
         "run_dir": str(folder / "run"),
         "interval": INTERVAL,
-        # snapshots are as old as one cycle, so a mode finds the one it took itself
-        "monitors": {"attention_update": {"windows": [cycle]}},
         "console": False,
         "wandb": {"enabled": False},
     }
@@ -73,30 +83,70 @@ def run(rounds: int, folder: Path) -> np.ndarray:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
     if code:
         sys.exit(log.read_text()[-3000:])
-    return np.array(json.loads(times.read_text())).reshape(-1, len(MODES), INTERVAL)[2:]
+    result = json.loads(times.read_text())
+    steps = np.array(result["steps"]).reshape(-1, len(MODES), INTERVAL)
+    return steps[2:], result["replicas"]
 
 
-def block_time(steps: np.ndarray) -> np.ndarray:
-    """Time of a block from steps [..., round, step]: sampled and other steps by their medians."""
+def full_samples(rounds: int) -> np.ndarray:
+    """[rounds] bool: the rounds in whose samples all windows are compared."""
+    return (np.arange(rounds) + 2 + SEEN + 1) % SELDOM == 0
+
+
+def block_time(steps: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Time of a block from steps [..., round, step]: sampled and other steps by their medians.
+
+    Args:
+        full: [round], of :func:`full_samples`.
+    """
     others = np.median(steps[..., :-1].reshape(*steps.shape[:-2], -1), axis=-1)
-    return (INTERVAL - 1) * others + np.median(steps[..., -1], axis=-1)
+    usual = np.median(steps[..., ~full, -1], axis=-1)
+    all_windows = np.median(steps[..., full, -1], axis=-1)
+    return (INTERVAL - 1) * others + (1 - 1 / SELDOM) * usual + all_windows / SELDOM
+
+
+def redraw(full: np.ndarray, draws: int) -> np.ndarray:
+    """[draws, rounds] rounds drawn with replacement, each by one of its own kind."""
+    generator = np.random.default_rng(0)
+    drawn = np.empty((draws, len(full)), dtype=int)
+    for kind in (full, ~full):
+        drawn[:, kind] = generator.choice(np.flatnonzero(kind), (draws, kind.sum()))
+    return drawn
 
 
 def shares(steps: np.ndarray) -> dict[str, dict[str, float]]:
     """Share of a step that each mode costs, with a 95% bootstrap interval over rounds."""
-    draws = np.random.default_rng(0).integers(0, len(steps), (1000, len(steps)))
-    off, drawn_off = block_time(steps[:, 0]), block_time(steps[:, 0][draws])
+    full = full_samples(len(steps))
+    drawn = redraw(full, 1000)
+    off, drawn_off = block_time(steps[:, 0], full), block_time(steps[:, 0][drawn], full)
     result = {}
     for i, mode in enumerate(MODES):
         if mode == "off":
             continue
-        ratios = block_time(steps[:, i][draws]) / drawn_off - 1
-        result[f"share_{mode}"] = {
-            "share": float(block_time(steps[:, i]) / off - 1),
+        ratios = block_time(steps[:, i][drawn], full) / drawn_off - 1
+        result[f"share_{KEYS.get(mode, mode)}"] = {
+            "share": float(block_time(steps[:, i], full) / off - 1),
             "low": float(np.quantile(ratios, 0.025)),
             "high": float(np.quantile(ratios, 0.975)),
         }
     return result
+
+
+def replica_ratios(measured: dict[str, Any]) -> dict[str, float]:
+    """Time of a sample and bytes of the snapshots of one of two replicas over one rank alone."""
+    seconds = {name: np.array(values) for name, values in measured["seconds"].items()}
+    # the round before the first block is not measured
+    full = (np.arange(len(seconds["alone"])) + SEEN + 1) % SELDOM == 0
+    times = {
+        name: (1 - 1 / SELDOM) * np.median(v[~full]) + np.median(v[full]) / SELDOM
+        for name, v in seconds.items()
+    }
+    return {
+        "replica_time_ratio": float(times["shared"] / times["alone"]),
+        "replica_bytes_ratio": measured["bytes"]["shared"] / measured["bytes"]["alone"],
+        "sample_cpu_seconds_shared": float(times["shared"]),
+        "sample_cpu_seconds_alone": float(times["alone"]),
+    }
 
 
 def made_by() -> dict[str, Any]:
@@ -117,21 +167,29 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python benchmarks/overhead.py --rounds 40 --json overhead.json",
     )
-    parser.add_argument("--rounds", type=int, default=30, help="blocks measured of each mode")
+    parser.add_argument("--rounds", type=int, default=30, help="blocks of each mode, at least 5")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
+    if arguments.rounds < SELDOM:
+        parser.error(f"--rounds: {arguments.rounds} cannot be used; allowed: {SELDOM} or more")
     with tempfile.TemporaryDirectory() as folder:
-        steps = run(arguments.rounds, Path(folder))
-    table = shares(steps)
-    step = float(block_time(steps[:, 0]) / INTERVAL)
+        steps, measured = run(arguments.rounds, Path(folder))
+    table, ratios = shares(steps), replica_ratios(measured)
+    step = float(block_time(steps[:, 0], full_samples(len(steps))) / INTERVAL)
     print(f"\none step without monitors: {1000 * step:.1f} ms ({arguments.rounds} blocks a mode)\n")
-    print(f"{'monitors':16}{'share of a step':>18}{'95% interval':>24}")
+    print(f"{'monitors':20}{'share of a step':>18}{'95% interval':>24}")
     for name, row in table.items():
         interval = f"{100 * row['low']:.2f}% to {100 * row['high']:.2f}%"
-        print(f"{name.removeprefix('share_'):16}{100 * row['share']:17.2f}%{interval:>24}")
+        print(f"{name.removeprefix('share_'):20}{100 * row['share']:17.2f}%{interval:>24}")
+    print(
+        f"\nattention updates shared over 2 replicas: {ratios['replica_time_ratio']:.2f} of the "
+        f"CPU time and {ratios['replica_bytes_ratio']:.2f} of the snapshot bytes of one rank alone "
+        f"({1000 * ratios['sample_cpu_seconds_shared']:.1f} against "
+        f"{1000 * ratios['sample_cpu_seconds_alone']:.1f} ms a sample)"
+    )
     if arguments.json:
         result = {name: row["share"] for name, row in table.items()}
-        result |= {"shares_with_interval": table, "step_seconds": step}
+        result |= ratios | {"shares_with_interval": table, "step_seconds": step}
         result["steps"] = {mode: steps[:, i].round(5).tolist() for i, mode in enumerate(MODES)}
         result |= {"made_by": made_by()}
         arguments.json.write_text(json.dumps(result) + "\n")

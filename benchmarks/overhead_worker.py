@@ -2,56 +2,95 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mcore_monitors.config import MonitorsConfig
+
+#: every monitor that there is, by its name in the settings
+MONITORS = [field.name for field in fields(MonitorsConfig)]
 #: which monitors are on in each block of a cycle
-MODES: dict[str, set[str]] = {
-    "off": set(),
-    "all": {"attention_update", "router", "conservation"},
-    "attention": {"attention_update"},
-    "router": {"router"},
-    "conservation": {"conservation"},
-}
+MODES: dict[str, set[str]] = {"off": set(), "all": set(MONITORS)} | {n: {n} for n in MONITORS}
+#: samples that the attention monitors have seen before the first block, so that all their windows
+#: are compared from the start on
+SEEN = 60
 
 
 class Switch:
     """Turns monitors on and off between blocks and times every step."""
 
-    def __init__(self, callsites: Any) -> None:
-        self.callsites = callsites
-        self.on_step = callsites.on_step
-        self.on_setup = callsites.on_setup
-        self.seconds: list[float] = []
-        callsites.on_step, callsites.on_setup = self.step, self.setup
+    def __init__(self) -> None:
+        from mcore_monitors.hosts.megatron import callsites, setup
+        from mcore_monitors.runtime import Runtime
 
-    def setup(self, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Remember the taps that the set-up made."""
-        self.on_setup(model, optimizer, scheduler)
+        self.callsites = callsites
+        self.on_step, self.on_setup = callsites.on_step, callsites.on_setup
+        callsites.on_step, callsites.on_setup = self.step, self.set_up
+        self.seconds: list[float] = []
+        wire, guarded = setup.wire, Runtime.guarded
+
+        def wiring(runtime: Any, view: Any, *taps: Any, **more: Any) -> None:
+            wire(runtime, view, *taps, **more)
+            self.view = view
+            found = [tap for group in (*taps, *more.values()) for tap in (group or {}).values()]
+            self.taps = [(tap, list(tap.listeners)) for tap in found]
+
+        def with_name(runtime: Any, monitor: Any, call: Any, **how: Any) -> Any:
+            hook = guarded(runtime, monitor, call, **how)
+            hook.monitor = monitor.name
+            return hook
+
+        setup.wire, Runtime.guarded = wiring, with_name
+
+    def set_up(self, *what: Any) -> None:
+        """Let the host make its monitors, then take them in hand."""
+        self.on_setup(*what)
         self.runtime = self.callsites._run.runtime
+        self.interval = self.runtime.config.interval
         self.monitors = list(self.runtime.monitors)
-        self.taps = [
-            (module, module.mcore_monitors_tap)
-            for chunk in model
-            for module in chunk.modules()
-            if getattr(module, "mcore_monitors_tap", None) is not None
-        ]
+        update = next(m for m in self.monitors if m.name == "attention_update")
+        #: alone it must find the snapshots of a course of its own
+        self.alone = self.course(update)
+        self.monitors = [self.course(m) if m is update else m for m in self.monitors]
+        self.replicas = Replicas(self.view, update, self.runtime.config)
         self.switch(0)
         self.last = time.perf_counter()
+
+    def course(self, update: Any) -> Any:
+        """A copy of the attention monitor that has one sample a cycle, ten iterations apart.
+
+        What a sample costs depends on which windows are due; on this grid they come in turn as in a
+        run, and every fifth sample compares them all.
+        """
+        monitor = copy.copy(update)
+        monitor.restart()
+        collect, seen = monitor.collect, iter(range(self.interval, 10**9, self.interval))
+        monitor.collect = lambda iteration, fields: collect(next(seen), fields)
+        fill(monitor, self.view.device, self.interval)
+        return monitor
 
     def switch(self, done: int) -> None:
         """Turn on what the block after ``done`` steps is to have."""
         names = list(MODES)
-        self.mode = names[done // self.runtime.config.interval % len(names)]
+        block = done // self.interval
+        self.mode = names[block % len(names)]
         on = MODES[self.mode]
-        self.runtime.monitors = [m for m in self.monitors if m.name in on]
-        for module, tap in self.taps:
-            family = "router" if hasattr(tap, "on_logits") else "conservation"
-            module.mcore_monitors_tap = tap if family in on else None
+        alone = self.mode == "attention_update"
+        self.runtime.monitors = (
+            [self.alone] if alone else [m for m in self.monitors if m.name in on]
+        )
+        # each mode reduces its own fields, as a run with these settings does
+        self.runtime._lay_out()
+        for tap, listeners in self.taps:
+            tap.listeners[:] = [one for one in listeners if one.func.monitor in on]
+        if self.mode == "off" and block:
+            self.replicas.measure()
 
     def step(self, iteration: int, *values: Any) -> None:
         """Stand where the host calls the monitors."""
@@ -61,20 +100,80 @@ class Switch:
             self.runtime._arm(iteration + 1)
         now = time.perf_counter()
         self.seconds.append(now - self.last)
-        if iteration % self.runtime.config.interval == 0:
+        if iteration % self.interval == 0:
             self.switch(iteration)
         self.last = time.perf_counter()
 
 
-def main() -> None:
-    """Train, then write the seconds of every step (rank 0)."""
-    from mcore_monitors.hosts.megatron import callsites
+class Replicas:
+    """What sharing over data-parallel replicas saves: the same live model, shared and not.
 
-    switch = Switch(callsites)
+    Two monitors of the attention updates, one that shares the heads with the other rank and one
+    that computes all of them, take a sample each in turn, outside of the timed steps. CPU time of
+    this thread, not wall time: the other rank and the machine's other work share the cores.
+    """
+
+    def __init__(self, view: Any, update: Any, config: Any) -> None:
+        from mcore_monitors.monitors.attention_update import AttentionUpdateMonitor
+        from mcore_monitors.parallel import Packed
+        from mcore_monitors.views import Replica
+
+        whole = replace(view, attention=[replace(v, replica=Replica()) for v in view.attention])
+        windows, judged = config.monitors.attention_update.windows, config.detection.windows
+        self.monitors = {
+            name: AttentionUpdateMonitor(model, windows, config.interval, judged=judged)
+            for name, model in (("shared", view), ("alone", whole))
+        }
+        self.packed = Packed(update.schema(), view.device)
+        self.seconds: dict[str, list[float]] = {"shared": [], "alone": []}
+        self.iteration, self.interval = SEEN * config.interval, config.interval
+        for monitor in self.monitors.values():
+            fill(monitor, view.device, config.interval)
+
+    def measure(self) -> None:
+        """One sample of both, in changing order."""
+        import torch
+
+        self.iteration += self.interval
+        order = list(self.monitors.items())
+        if self.iteration // self.interval % 2:
+            order.reverse()
+        for name, monitor in order:
+            torch.distributed.barrier()
+            start = time.thread_time()
+            with torch.no_grad():
+                monitor.collect(self.iteration, self.packed.fields)
+            self.seconds[name].append(time.thread_time() - start)
+        self.packed.reduce()
+
+    def result(self) -> dict[str, Any]:
+        """Seconds of each sample and bytes of the snapshots, both ways."""
+        return {
+            "seconds": self.seconds,
+            "bytes": {name: monitor.snapshot_bytes for name, monitor in self.monitors.items()},
+        }
+
+
+def fill(monitor: Any, device: Any, interval: int) -> None:
+    """Let a monitor see :data:`SEEN` samples of the model as it is."""
+    import torch
+
+    from mcore_monitors.parallel import Packed
+
+    fields = Packed(monitor.schema(), device).fields
+    with torch.no_grad():
+        for sample in range(1, SEEN + 1):
+            monitor.collect(interval * sample, fields)
+
+
+def main() -> None:
+    """Train, then write the seconds of every step, and of shared and unshared samples (rank 0)."""
+    switch = Switch()
     script = Path(__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
     runpy.run_path(str(script), run_name="__main__")
     if os.environ.get("RANK", "0") == "0":
-        Path(os.environ["MCORE_MONITORS_BENCHMARK"]).write_text(json.dumps(switch.seconds))
+        result = {"steps": switch.seconds, "replicas": switch.replicas.result()}
+        Path(os.environ["MCORE_MONITORS_BENCHMARK"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,21 @@ records what :mod:`mcore_monitors.catalogue.attention_update` lists, per window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 
 from ..catalogue import part_name
-from ..signals.direction import leading_directions
+from ..signals.direction import directions_of, leading_coefficients
 from ..signals.spectra import measures
 from ..signals.spike import spike
-from ..signals.update_spectra import UpdateGrams, spectra_from_grams, update_grams
+from ..signals.update_spectra import (
+    UpdateGrams,
+    UpdateSpectra,
+    spectra_from_grams,
+    update_grams,
+)
 from ..views import ModelView
 from ..windows import Grid
 from .attention_shares import Batch, batches, share_out
@@ -149,47 +154,40 @@ class AttentionUpdateMonitor(Monitor):
 
         All windows go through one call of the eigensolver, which on a GPU waits for the device.
         """
-        query, key = 2 * number, 2 * number + 1
-        grams = [
-            update_grams(
-                self._snapshots.get(iteration - window, query),
-                self._snapshots.get(iteration - window, key),
-                new[query],
-                new[key],
-            )
-            for window in ready
-        ]
-        spectra = spectra_from_grams(
-            UpdateGrams(torch.cat([g.query for g in grams]), torch.cat([g.key for g in grams]))
-        )
-        hidden = new[query].shape[-1]
-        in_query, in_key = spike(spectra.query, hidden), spike(spectra.key, hidden)
-        of_heads = spectra.delta2, spectra.delta3, spectra.query
-        by_head = _block(*(column for s in of_heads for column in _columns(s)), *in_query)
-        by_head = by_head.chunk(len(ready))
-        by_group = _block(*_columns(spectra.key), *in_key).chunk(len(ready))
-        for i, window in enumerate(ready):
-            self._add(fields[f"heads/{batch.part}"], window, batch.heads, by_head[i])
-            self._add(fields[f"groups/{batch.part}"], window, batch.groups, by_group[i])
-            if iteration % self._grid.period(window):
-                continue
+
+        def weights(window: int) -> tuple[torch.Tensor, ...]:
+            places = 2 * number, 2 * number + 1
+            old = (self._snapshots.get(iteration - window, place) for place in places)
+            return *old, *(new[place] for place in places)
+
+        grams = {window: update_grams(*weights(window)) for window in ready}
+        spectra = spectra_from_grams(_joined(grams.values()))
+        found = _Columns(spectra, hidden=new[2 * number].shape[-1])
+        for field, places, block in (
+            (f"heads/{batch.part}", batch.heads, found.of_heads),
+            (f"groups/{batch.part}", batch.groups, found.of_groups),
+        ):
+            for window, rows in zip(ready, block.chunk(len(ready)), strict=True):
+                self._add(fields[field], window, places, rows)
+
+        outliers = dict(zip(ready, found.outliers.chunk(len(ready)), strict=True))
+        apart = [window for window in ready if iteration % self._grid.period(window) == 0]
+        if not apart:
+            return
+        coefficients = leading_coefficients(_joined(grams[window] for window in apart))
+        by_window = zip(*(side.chunk(len(apart)) for side in coefficients), strict=True)
+        for window, sides in zip(apart, by_window, strict=True):
             kept = self._persistence.update(
                 number,
                 window,
                 self._grid.period(window),
                 iteration,
-                leading_directions(
-                    grams[i],
-                    self._snapshots.get(iteration - window, query),
-                    self._snapshots.get(iteration - window, key),
-                    new[query],
-                    new[key],
-                ),
-                in_query.outliers.chunk(len(ready))[i],
+                directions_of(sides, *weights(window)),
+                outliers[window],
             )
             if kept is not None:
                 field = fields[f"persistence/{batch.part}"]
-                self._add(field, window, batch.heads, _block(*kept))
+                self._add(field, window, batch.heads, _block(torch.stack(kept, dim=1)))
 
     def _add(
         self, field: torch.Tensor, window: int, places: torch.Tensor, rows: torch.Tensor
@@ -228,12 +226,38 @@ class AttentionUpdateMonitor(Monitor):
         return readings
 
 
-def _columns(squared: torch.Tensor) -> list[torch.Tensor]:
-    """The measures of spectra that have a column of their own."""
+class _Columns:
+    """What is recorded of the spectra of some heads and groups, as columns behind a count.
+
+    Attributes:
+        of_heads: [H, 1 + columns of a head].
+        of_groups: [G, 1 + columns of a group].
+        outliers: [H], outlying singular values of ΔW_q.
+    """
+
+    def __init__(self, spectra: UpdateSpectra, hidden: int) -> None:
+        # Δ3, ΔW_q and ΔW_k have spectra of one length: what is done to all is done in one go.
+        heads, groups = len(spectra.query), len(spectra.key)
+        singles = torch.cat([spectra.query, spectra.key, spectra.delta3])
+        query, key, delta3 = _measured(singles).split([heads, groups, heads])
+        noise = torch.stack(spike(singles[: heads + groups], hidden), dim=1)
+        in_query, in_key = noise.split([heads, groups])
+        self.of_heads = _block(_measured(spectra.delta2), delta3, query, in_query)
+        self.of_groups = _block(key, in_key)
+        self.outliers = in_query[:, _SPIKE.index("outliers")]
+
+
+def _measured(squared: torch.Tensor) -> torch.Tensor:
+    """The measures of spectra [n, values] that have a column of their own, [n, columns]."""
     found = measures(squared)
-    return [getattr(found, name) for name in _MEASURES]
+    return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
 
 
 def _block(*columns: torch.Tensor) -> torch.Tensor:
-    """[units, 1 + columns]: a count of one, then the values."""
-    return torch.stack([torch.ones_like(columns[0]), *columns], dim=1)
+    """A count of one in front of columns [n, any], side by side."""
+    return torch.cat([torch.ones_like(columns[0][:, :1]), *columns], dim=1)
+
+
+def _joined(grams: Iterable[UpdateGrams]) -> UpdateGrams:
+    """The Gram matrices of several windows as those of so many more heads."""
+    return UpdateGrams(*(torch.cat(side) for side in zip(*grams, strict=True)))

@@ -49,7 +49,19 @@ def leading_directions(
     last sample's directions it would stay near them wherever no direction leads, and persistence
     would be an artefact. No host sync.
     """
-    left, right = _coefficients(grams)
+    return directions_of(leading_coefficients(grams), wq_old, wk_old, wq_new, wk_new)
+
+
+@torch.no_grad()
+def directions_of(
+    coefficients: tuple[Tensor, Tensor],
+    wq_old: Tensor,
+    wk_old: Tensor,
+    wq_new: Tensor,
+    wk_new: Tensor,
+) -> Tensor:
+    """As :func:`leading_directions`, from the coefficients (:func:`leading_coefficients`)."""
+    left, right = coefficients
     sides = (
         _combined(left, wq_old, wq_new, weight_at=1),
         _combined(right, wk_old, wk_new, weight_at=0),
@@ -91,11 +103,12 @@ def _combined(coefficients: Tensor, old: Tensor, new: Tensor, weight_at: int) ->
     return combined.view(*coefficients.shape[:2], -1)
 
 
-def _coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     """z and w [H, 2, 2d] with Aᵀ z and Bᵀ w along the leading singular vectors of Δ2 = Aᵀ B.
 
     Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z: z are the leading eigenvectors of the small product, and
-    Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z.
+    Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z. Needs no weights, so many windows may go through one call.
     """
     key = grams.key.repeat_interleave(grams.query.shape[0] // grams.key.shape[0], dim=0)
     length = grams.query.diagonal(dim1=1, dim2=2).sqrt()
