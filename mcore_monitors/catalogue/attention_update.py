@@ -107,9 +107,9 @@ SIGNALS = (
         unit="head",
         healthy="drifts",
         watch="record",
-        formula="|cos| of the planes of the two leading singular vectors of ΔW_q W_kᵀ + W_q ΔW_kᵀ now "
-        "and one window or more ago, no step in common; the smaller of the left and the right side "
-        "(from 0 to 1; about 1.5/√hidden for random directions)",
+        formula="|cos| of the planes of the two leading singular vectors of ΔW_q W_kᵀ + W_q ΔW_kᵀ "
+        "now and one window or more ago, no step in common; the smaller of the left and the right "
+        "side (from 0 to 1; about 1.5/√hidden for random directions)",
         source="own; a biased fault pushes the same way each time, arXiv 2510.04212",
         meaning="Whether the update keeps its direction. Healthy updates may be of low rank, but "
         "each time in other directions.",
