@@ -181,26 +181,34 @@ class AttentionCall:
             x: query, key, value, output or a gradient of one of them.
             heads: ``self.heads`` for query and output, ``self.groups`` for key and value.
         """
-        if self.layout == "bhsd":
-            return x.permute(2, 0, 1, 3)
-        merged = 2 if self.layout == "thd" else 3
-        if x.dim() == merged:
-            x = x.unflatten(-1, (heads, -1))
-        if self.layout == "thd":
-            return x.unsqueeze(1)
-        return x.transpose(0, 1) if self.layout == "bshd" else x
+        return arranged(x, heads, self.layout)
+
+
+def arranged(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
+    """A tensor of an :class:`AttentionCall` as [S, B, heads, channels]; a view."""
+    if layout == "bhsd":
+        return x.permute(2, 0, 1, 3)
+    merged = 2 if layout == "thd" else 3
+    if x.dim() == merged:
+        x = x.unflatten(-1, (heads, -1))
+    if layout == "thd":
+        return x.unsqueeze(1)
+    return x.transpose(0, 1) if layout == "bshd" else x
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
     """One call of a normalisation: input and output, tensors of the graph.
 
-    ``x`` is the norm's own alias of its input, so that its gradient is what flows through the norm
-    alone: in a block the input also feeds the residual connection.
+    In a block the input also feeds the residual connection, so its gradient is not that of the norm
+    alone. ``x`` is therefore an alias that only the norm was given; or it is the input without its
+    graph, and ``beside`` computes the norm of it once more: a second pass beside the first, to be
+    differentiated with the gradient that the first one gets.
     """
 
     x: torch.Tensor
     y: torch.Tensor
+    beside: Callable[[torch.Tensor], torch.Tensor] | None = None
     eps: float
     #: True for LayerNorm, False for RMSNorm and L2 norms
     centred: bool

@@ -91,7 +91,7 @@ class ConservationMonitor(Monitor):
         self._context.add(signal, layer, terms)
 
     def on_norm(self, layer: int, unit: int, call: NormCall) -> None:
-        """Watch one micro-batch of a norm; ``unit`` is its place in ``catalogue.conservation.NORMS``."""
+        """Watch one micro-batch of a norm; ``unit`` is its place in the catalogue's ``NORMS``."""
         NormBorder(call, partial(self._pool, layer, unit), self.guard)
 
     def on_router(self, layer: int, logits: torch.Tensor, *_: Any, **__: Any) -> None:

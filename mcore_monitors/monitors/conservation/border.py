@@ -21,7 +21,7 @@ from ...signals.conservation import (
     query_key_terms,
     value_output_terms,
 )
-from ...views import AttentionCall, NormCall
+from ...views import AttentionCall, NormCall, arranged
 from .terms import Terms
 
 #: wraps a hook so that an error in it turns the monitor off and never reaches the host
@@ -58,7 +58,7 @@ class AttentionBorder:
     def __init__(
         self, call: AttentionCall, signals: list[str], deliver: Deliver, guard: Guard
     ) -> None:
-        self._deliver = deliver
+        self._deliver, self._layout = deliver, call.layout
         self._open = {signal: _ATTENTION[signal] for signal in signals}
         tensors = {
             "q": (call.query, call.heads),
@@ -70,16 +70,11 @@ class AttentionBorder:
         needed = {name for _, names in self._open.values() for name in names}
         for name, (x, heads) in tensors.items():
             if f"d{name}" in needed and x.requires_grad:
-                x.register_hook(guard(partial(self._arrived, f"d{name}", call.arranged, heads)))
+                # not a word of ``call`` in the hook: it holds the graph, which holds the hook
+                x.register_hook(guard(partial(self._arrived, f"d{name}", heads)))
 
-    def _arrived(
-        self,
-        name: str,
-        arranged: Callable[[torch.Tensor, int], torch.Tensor],
-        heads: int,
-        gradient: torch.Tensor,
-    ) -> None:
-        self._have[name] = arranged(gradient.detach(), heads)
+    def _arrived(self, name: str, heads: int, gradient: torch.Tensor) -> None:
+        self._have[name] = arranged(gradient.detach(), heads, self._layout)
         for signal, (terms, names) in list(self._open.items()):
             if all(n in self._have for n in names):
                 del self._open[signal]
@@ -99,21 +94,27 @@ class NormBorder:
 
     def __init__(self, call: NormCall, deliver: Deliver, guard: Guard) -> None:
         self._deliver = deliver
-        self._x: torch.Tensor | None = call.x.detach()
-        self._y: torch.Tensor | None = call.y.detach()
+        self._x, self._y = call.x.detach(), call.y.detach()
         self._form = {"eps": call.eps, "centred": call.centred}
         self._bias = None if call.bias is None else call.bias.detach()
-        self._dy: torch.Tensor | None = None
-        if call.x.requires_grad and call.y.requires_grad:
-            call.y.register_hook(guard(self._on_output))
+        self._beside, self._dy = call.beside, None
+        if call.beside is None and call.x.requires_grad:
             call.x.register_hook(guard(self._on_input))
+        if call.y.requires_grad:
+            call.y.register_hook(guard(self._on_output))
 
     def _on_output(self, gradient: torch.Tensor) -> None:
         self._dy = gradient.detach()
+        if self._beside is not None and self._x is not None:
+            with torch.enable_grad():
+                x = self._x.requires_grad_()
+                (dx,) = torch.autograd.grad(self._beside(x), x, self._dy)
+            self._x = x.detach()
+            self._on_input(dx)
 
     def _on_input(self, gradient: torch.Tensor) -> None:
-        if self._dy is None:  # the output was not used, or this is a second backward pass
-            return
+        if self._dy is None or self._x is None:
+            return  # the output was not used, or this is a second backward pass
         dx = gradient.detach()
         terms = norm_scale_terms(self._x, dx, self._y, self._dy, **self._form, bias=self._bias)
         self._deliver("norm/scale", terms)
