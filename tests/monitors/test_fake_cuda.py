@@ -19,7 +19,16 @@ from mcore_monitors.monitors.base import Monitor
 from mcore_monitors.monitors.conservation import ConservationMonitor
 from mcore_monitors.monitors.router import RouterMonitor
 from mcore_monitors.parallel import GroupSum, Packed
-from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView, RoutingRule
+from mcore_monitors.views import (
+    AttentionCall,
+    AttentionView,
+    Conserved,
+    ModelView,
+    NormCall,
+    Replica,
+    RouterView,
+    RoutingRule,
+)
 
 CUDA = torch.device("cuda")
 ALONE = Replica()
@@ -37,10 +46,10 @@ def view(replica: Replica = ALONE, dtype: torch.dtype = torch.bfloat16) -> Model
         heads=8,
         groups=4,
         experts=8,
-        router_score="softmax",
         device=CUDA,
         activation_dtype=dtype,
         sequence_length=16,
+        head_dim=16,
     )
     for layer in (1, 2):  # the third lives on another pipeline stage
         query = torch.empty(8, 16, 64, device=CUDA, dtype=dtype)
@@ -57,7 +66,16 @@ def view(replica: Replica = ALONE, dtype: torch.dtype = torch.bfloat16) -> Model
             )
         )
         model.routers.append(RouterView(layer=layer, read=lambda w=router: w, replica=replica))
-        model.key_shift[layer] = (0, 4)
+        model.conserves_attention(layer, 0, 4)
+        model.conserved["router/shift"].places[layer] = (0, 1)
+    for name, units, channels in (
+        ("norm/scale", 5, 64),
+        ("norm/shift", 5, 64),
+        ("output/vocabulary_shift", 1, 32),
+    ):
+        model.conserved[name] = Conserved(
+            units=units, dtype=dtype, channels=channels, places={2: (0, units)}
+        )
     return model
 
 
@@ -88,10 +106,43 @@ def chosen(monitor: Monitor) -> None:
     monitor.on_logits(1, z, routing_map=torch.empty(16, 2, 8, device=CUDA, dtype=torch.bool))
 
 
-def key_gradients(monitor: Monitor) -> None:
+def gradients(monitor: Monitor) -> None:
+    """Everything that crosses a border in two micro-batches, and its gradients in turn.
+
+    A backward pass needs a real card, so the hooks are caught where they are guarded, and called.
+    """
+    caught = []
+    monitor.guard = lambda hook: caught.append(hook) or hook
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, device=CUDA, dtype=dtype)
+
+    def arrive(*tensors: torch.Tensor) -> None:
+        for hook, tensor in zip(caught, tensors, strict=True):
+            assert hook(empty(*tensor.shape, dtype=tensor.dtype)) is None
+        caught.clear()
+
     for layer in (2, 1):
-        monitor.on_key_gradient(layer, torch.empty(16, 2, 4, 16, device=CUDA, dtype=torch.bfloat16))
-        monitor.on_key_gradient(layer, torch.empty(24, 4, 16, device=CUDA))
+        for batch in (2, 1):
+            query, key, value, output = (
+                empty(16, batch, heads, 16).requires_grad_() for heads in (8, 4, 4, 8)
+            )
+            call = AttentionCall(
+                query=query, key=key, value=value, output=output, heads=8, groups=4, layout="sbhd"
+            )
+            monitor.on_attention(layer, call)
+            arrive(query, key, value, output)
+        logits = empty(16, 2, 8, dtype=torch.float32).requires_grad_()
+        monitor.on_router(layer, logits, None)
+        arrive(logits)
+    for bias in (None, empty(64)):
+        x, y = (empty(16, 2, 64).requires_grad_() for _ in range(2))
+        monitor.on_norm(2, 1, NormCall(x=x, y=y, eps=1e-5, centred=bias is not None, bias=bias))
+        caught.reverse()
+        arrive(y, x)
+    logits = empty(16, 2, 32).requires_grad_()
+    monitor.on_output(3, logits)
+    arrive(logits)
 
 
 class Doubling(GroupSum):
@@ -133,9 +184,13 @@ def test_router(rule: str, biased: bool) -> None:
     monitor.restart()
 
 
-@pytest.mark.parametrize("context", [GroupSum(None), Doubling()])
-def test_conservation(context: GroupSum) -> None:
-    one_sample_after_another(ConservationMonitor(view(), context), key_gradients)
+@pytest.mark.parametrize("vocabulary", ["whole", "in shards"])
+@pytest.mark.parametrize("context", ["whole", "in shards"])
+def test_conservation(context: str, vocabulary: str) -> None:
+    over, entries = (GroupSum(None) if x == "whole" else Doubling() for x in (context, vocabulary))
+    monitor = ConservationMonitor(view(), over, entries)
+    one_sample_after_another(monitor, gradients)
+    monitor.restart()
 
 
 # The harness itself: each of these mistakes must be seen.
@@ -153,17 +208,17 @@ class RouterOnTheHost(RouterMonitor):
 class ConservationThatLooks(ConservationMonitor):
     """Its hook reads a value back."""
 
-    def on_key_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        if gradient.abs().max().item() > 0:
-            super().on_key_gradient(layer, gradient)
+    def _take_attention(self, layer: int, signal: str, terms: tuple[torch.Tensor, ...]) -> None:
+        if terms[0].abs().max().item() > 0:
+            super()._take_attention(layer, signal, terms)
 
 
 class ConservationThatBranches(ConservationMonitor):
     """Its hook asks a tensor for a truth value."""
 
-    def on_key_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        if gradient.isfinite().all():
-            super().on_key_gradient(layer, gradient)
+    def _take_attention(self, layer: int, signal: str, terms: tuple[torch.Tensor, ...]) -> None:
+        if terms[0].isfinite().all():
+            super()._take_attention(layer, signal, terms)
 
 
 def test_a_buffer_on_the_host_is_seen() -> None:
@@ -174,7 +229,7 @@ def test_a_buffer_on_the_host_is_seen() -> None:
 @pytest.mark.parametrize("wrong", [ConservationThatLooks, ConservationThatBranches])
 def test_a_hook_that_waits_for_the_card_is_seen(wrong: type[ConservationMonitor]) -> None:
     with pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
-        one_sample_after_another(wrong(view(), GroupSum(None)), key_gradients)
+        one_sample_after_another(wrong(view(), GroupSum(None)), gradients)
 
 
 def test_weights_on_the_host_are_seen() -> None:
