@@ -112,8 +112,7 @@ class RouterView:
     layer: int
     #: returns ``W_R`` [E, D]; None where no rank holds it whole
     read: Callable[[], torch.Tensor] | None
-    #: None: scores as ``ModelView.router_score`` says, the choice is not known
-    rule: RoutingRule | None = None
+    rule: RoutingRule = RoutingRule()
     #: returns what is added to the scores [E] for the choice only, now; None where nothing is
     bias: Callable[[], torch.Tensor | None] | None = None
     #: ``read`` gathers a shard from every rank: all ranks call it together, in the same order
@@ -245,8 +244,6 @@ class ModelView:
     heads: int
     groups: int
     experts: int
-    #: ``softmax`` or ``sigmoid``
-    router_score: str
     device: torch.device
     #: number format of the activations, which sets the floor of conservation residuals
     activation_dtype: torch.dtype

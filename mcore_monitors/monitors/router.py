@@ -14,7 +14,7 @@ import math
 import torch
 
 from ..signals import router as signals
-from ..views import ModelView, RoutingRule
+from ..views import ModelView
 from .base import Monitor, Readings, mean_by_layer
 from .router_tokens import EDGES, SUMS, TokenSums
 
@@ -53,9 +53,8 @@ class RouterMonitor(Monitor):
         self._layers, self._experts = model.layers, model.experts
         self._views = model.routers
         edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float64).to(model.device)
-        default = RoutingRule(score=model.router_score)
         self._tokens = {
-            view.layer: TokenSums(view, view.rule or default, model.experts, edges)
+            view.layer: TokenSums(view, model.experts, edges)
             for view in model.routers
         }
         #: layer to the most loaded expert and for how many samples on end it has been that

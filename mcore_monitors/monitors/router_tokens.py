@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..signals import router as signals
-from ..views import RouterView, RoutingRule
+from ..views import RouterView
 
 #: sums over tokens; ``*_tokens`` are the counts of what not every layer has, and ``experts`` is the
 #: number of experts once a token
@@ -36,8 +36,7 @@ class TokenSums:
     """Accumulators of one layer, allocated once.
 
     Args:
-        view: the layer's router.
-        rule: how it chooses.
+        view: the layer's router, with the rule by which it chooses.
         experts: the most experts that any layer has.
         edges: [2, bins + 1] float64 edges of the bins, in the order of ``EDGES``.
 
@@ -47,10 +46,8 @@ class TokenSums:
         load: [experts] how often an expert was chosen.
     """
 
-    def __init__(
-        self, view: RouterView, rule: RoutingRule, experts: int, edges: torch.Tensor
-    ) -> None:
-        self._rule, self._bias, self._edges = rule, view.bias, edges
+    def __init__(self, view: RouterView, experts: int, edges: torch.Tensor) -> None:
+        self._rule, self._bias, self._edges = view.rule, view.bias, edges
         device = edges.device
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.upto = torch.zeros(len(EDGES), signals.BINS, dtype=torch.float64, device=device)

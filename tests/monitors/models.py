@@ -65,7 +65,6 @@ class TinyModel:
             heads=self.groups * self.heads_per_group,
             groups=self.groups,
             experts=self.experts,
-            router_score="softmax",
             device=CPU,
             activation_dtype=torch.float32,
             sequence_length=8,

@@ -45,7 +45,7 @@ def logits(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def routed(
-    rule: RoutingRule | None = SOFTMAX, bias: Any = None, replica: Replica | None = None
+    rule: RoutingRule = SOFTMAX, bias: Any = None, replica: Replica | None = None
 ) -> ModelView:
     """A view of two layers whose routers of eight experts follow a rule."""
     view = TinyModel(experts=E).view(replica or Replica())
@@ -355,12 +355,12 @@ def test_a_choice_that_the_host_hands_over() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [None, RoutingRule(), RoutingRule(top_k=2, chooses_by="host")], ids=str
+    "rule",
+    [RoutingRule(score="sigmoid"), RoutingRule(), RoutingRule(top_k=2, chooses_by="host")],
+    ids=str,
 )
-def test_without_a_known_choice_the_rest_is_there(rule: RoutingRule | None) -> None:
-    view = routed(rule)
-    view.router_score = "sigmoid"
-    monitor, other = RouterMonitor(view), RouterMonitor(routed(SOFTMAX))
+def test_without_a_known_choice_the_rest_is_there(rule: RoutingRule) -> None:
+    monitor, other = RouterMonitor(routed(rule)), RouterMonitor(routed(SOFTMAX))
     for m in (monitor, other):
         m.on_logits(1, logits(8, 2, E))
     readings = sample([monitor], 10)
@@ -373,7 +373,8 @@ def test_without_a_known_choice_the_rest_is_there(rule: RoutingRule | None) -> N
             "largest_share_held",
         )
     }  # fmt: skip
-    p = (logits(8, 2, E).sigmoid() if rule is None else logits(8, 2, E).exp()).double()
+    z = logits(8, 2, E).double()
+    p = z.sigmoid() if rule.score == "sigmoid" else z.exp()
     p = p / p.sum(-1, keepdim=True)
     wanted = torch.special.entr(p).sum(-1).mean().item()
     assert value(readings, "routing_entropy") == pytest.approx(wanted, rel=1e-6)

@@ -71,7 +71,6 @@ def describe(
         heads=max((a.heads for a in attentions), default=1),
         groups=max((a.groups for a in attentions), default=1),
         experts=max(experts, default=1),
-        router_score=routers[0].rule.score if routers else "softmax",
         device=device,
         activation_dtype=activation_dtype or next(module.parameters()).dtype,
         sequence_length=0,

@@ -82,7 +82,6 @@ class MegatronModel:
             heads=config.num_attention_heads,
             groups=config.num_query_groups,
             experts=config.num_moe_experts or 1,
-            router_score=config.moe_router_score_function,
             device=next(chunks[0].parameters()).device,
             activation_dtype=config.params_dtype,
             sequence_length=0,
