@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 
-@pytest.mark.parametrize("name", ["registration", "taps", "router"])
+@pytest.mark.parametrize("name", ["registration", "taps", "router", "conservation"])
 def test_inside(name: str) -> None:
     done = subprocess.run(
         [
