@@ -1,7 +1,8 @@
 """Which experts a token goes to, by how much, and whether the expert bias decided it.
 
 The choice is made anew from the scores by the router's rule. So it is the *demand*: a host that
-drops tokens over an expert's capacity cuts its own map, and hides the imbalance with that.
+drops tokens over an expert's capacity cuts its own map, and hides the imbalance with that. Between
+experts that tie exactly, as bfloat16 logits may, it can be another one than the host's.
 """
 
 from __future__ import annotations
