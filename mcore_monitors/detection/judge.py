@@ -8,7 +8,9 @@ never stopped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from mcore_monitors.catalogue import is_judged
 from mcore_monitors.detection.alarm import Diagnosis, Verdict
 from mcore_monitors.detection.band import BandRule
 from mcore_monitors.detection.config import DetectionConfig
@@ -35,7 +37,13 @@ class Judge:
 
     def update(self, sample: Sample) -> Verdict:
         """Judge one sample; iterations must ascend."""
-        sample = Sample.from_record(sample.to_record())
+        # What is recorded only can be a thousand times what is judged.
+        judged = {
+            name: layers
+            for name, layers in sample.signals.items()
+            if is_judged(name, self._config.windows)
+        }
+        sample = Sample.from_record(replace(sample, signals=judged).to_record())
         alarms = tuple(alarm for rule in self._rules for alarm in rule.update(sample))
         active = tuple(alarm for rule in self._rules for alarm in rule.active())
         judged = {name for rule in self._rules for name in rule.judged}

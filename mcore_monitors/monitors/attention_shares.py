@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,21 +13,40 @@ from ..views import AttentionView
 
 @dataclass(frozen=True)
 class Piece:
-    """The query groups of one view that fall to this rank, by their local numbers."""
+    """What of one view falls to this rank: query groups, or some of the heads of a group.
+
+    Attributes:
+        units: (local group, number of the slice of its heads) of each.
+        heads_per_unit: heads of a slice; all of the group where it is not cut.
+    """
 
     view: AttentionView
-    groups: list[int]
+    units: list[tuple[int, int]]
+    heads_per_unit: int
 
     @property
     def heads(self) -> list[int]:
         """Global numbers of the query heads, in the order in which they are read."""
-        firsts = [self.view.head(g) for g in self.groups]
-        return [first + i for first in firsts for i in range(self.view.heads_per_group)]
+        n = self.heads_per_unit
+        firsts = [self.view.head(group) + n * cut for group, cut in self.units]
+        return [first + i for first in firsts for i in range(n)]
 
     @property
     def keys(self) -> list[int]:
-        """Global numbers of the query groups."""
-        return [self.view.first_group + g for g in self.groups]
+        """Global numbers of the query groups, one a unit."""
+        return [self.view.first_group + group for group, _ in self.units]
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_q [units × heads_per_unit, d, D] and W_k [units, d, D]."""
+        groups = sorted({group for group, _ in self.units})
+        query, key = self.view.take(groups)
+        if self.heads_per_unit == self.view.heads_per_group or not groups:
+            return query, key
+        cuts = query.unflatten(0, (-1, self.heads_per_unit))
+        of_group = self.view.heads_per_group // self.heads_per_unit
+        places = [(groups.index(group), cut) for group, cut in self.units]
+        rows = [cuts[place * of_group + cut] for place, cut in places]
+        return torch.cat(rows), torch.stack([key[place] for place, _ in places])
 
 
 @dataclass(frozen=True)
@@ -47,17 +67,30 @@ class Batch:
 
 
 def share_out(views: list[AttentionView]) -> list[Piece]:
-    """This rank's share of the query groups, dealt out in turn over the ranks that hold them.
+    """This rank's share, dealt out in turn over the ranks that hold the same weights.
 
-    A view whose reading needs all ranks is in the list even where no group of it falls to this one.
+    Whole query groups, so that a key is read and kept once; where there are more ranks than groups
+    of a part, slices of a group's heads (a key that all heads of a layer share would otherwise
+    leave all of them to one rank). A view whose reading needs all ranks is in the list even where
+    nothing of it falls to this one.
     """
+    groups = Counter()
+    for view in views:
+        groups[view.part] += view.groups
     pieces, dealt = [], 0
     for view in views:
-        mine = [g for g in range(view.groups) if view.replica.owns(dealt + g)]
-        dealt += view.groups
+        cuts = _cuts(view.heads_per_group, view.replica.size / groups[view.part])
+        units = [(group, cut) for group in range(view.groups) for cut in range(cuts)]
+        mine = [unit for i, unit in enumerate(units) if view.replica.owns(dealt + i)]
+        dealt += len(units)
         if mine or view.collective:
-            pieces.append(Piece(view, mine))
+            pieces.append(Piece(view, mine, view.heads_per_group // cuts))
     return pieces
+
+
+def _cuts(heads: int, wanted: float) -> int:
+    """The fewest equal slices of ``heads``, ``wanted`` or more of them where that can be."""
+    return min(n for n in range(1, heads + 1) if heads % n == 0 and n >= min(wanted, heads))
 
 
 def batches(
@@ -75,8 +108,8 @@ def batches(
     """
     alike: dict[tuple, list[int]] = {}
     for i, (piece, (query, key)) in enumerate(zip(pieces, read, strict=True)):
-        if piece.groups:
-            shape = piece.view.heads_per_group, *key.shape[1:], query.dtype, key.dtype
+        if piece.units:
+            shape = piece.heads_per_unit, *key.shape[1:], query.dtype, key.dtype
             alike.setdefault((piece.view.part, shape), []).append(i)
     return [
         Batch(

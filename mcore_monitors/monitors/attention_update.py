@@ -52,8 +52,9 @@ _FIELDS = {
 class AttentionUpdateMonitor(Monitor):
     """Compares the query and key weights with their snapshots, window by window.
 
-    Query groups are shared out over the ranks that hold the same weights: no two of them compute
-    the same head, and both the work and the snapshots of a rank are (QK weights) / (replicas).
+    Query groups, or slices of their heads, are shared out over the ranks that hold the same
+    weights: no two of them compute the same head, and both the work and the snapshots of a rank are
+    (QK weights) / (replicas).
     Comparisons and snapshots sit at absolute iterations (:mod:`mcore_monitors.windows`), so that a
     resumed run continues the same grid. Snapshots are not saved: the first readings of a window
     come one window after a start. At a sample where a window is not compared, its signals are
@@ -117,7 +118,7 @@ class AttentionUpdateMonitor(Monitor):
     @torch.no_grad()
     def _read(self) -> list[torch.Tensor]:
         """This rank's weights as they are now: W_q [H, d, D] and W_k [G, d, D] of each batch."""
-        read = [piece.view.take(piece.groups) for piece in self._pieces]
+        read = [piece.read() for piece in self._pieces]
         if self._batches is None:
             self._batches = batches(self._pieces, read, self._heads, self._groups)
         # cat copies, so a snapshot does not follow the live parameters

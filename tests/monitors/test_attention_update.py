@@ -360,3 +360,23 @@ def test_an_update_that_goes_on_in_one_direction_persists() -> None:
                 assert readings["attention/query_update_spike_strength@50"][1][2] > 1
     assert [s[2] for s in streaks] == [1, 2, 3, 4]
     assert not any(s[i] for s in streaks for i in (0, 1, 3))
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_heads_of_one_key_are_shared_where_there_are_more_ranks_than_groups(size: int) -> None:
+    model = TinyModel(layers=2, groups=1, heads_per_group=4)
+    alone = AttentionUpdateMonitor(model.view(), [10], 10)
+    ranks = [
+        AttentionUpdateMonitor(model.view(Replica(rank=r, size=size)), [10], 10)
+        for r in range(size)
+    ]
+    for iteration in (10, 20):
+        wanted, fields = sample([alone], iteration), reduced(ranks, iteration)
+        model.train()
+    assert fields["heads/"][..., 0].eq(1).all()  # every head once, none twice
+    got = ranks[0].read(fields)
+    for name, layers in wanted.items():
+        for layer, values in layers.items():
+            assert got[name][layer] == pytest.approx(values, rel=1e-9), name
+    shares = [rank.snapshot_bytes for rank in ranks]
+    assert max(shares) <= 0.6 * alone.snapshot_bytes
