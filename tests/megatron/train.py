@@ -63,7 +63,7 @@ class Result:
         return [e for e in self.events if e["kind"] == kind]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -109,7 +109,7 @@ def launch(
         [
             str(binaries / "mcore-monitors"), "launch", "--",
             str(binaries / "deepspeed"), "--num_accelerators", str(processes), "--no_local_rank",
-            "--master_port", str(_free_port()), str(ROOT / "launch" / "pretrain_gpt.py"),
+            "--master_port", str(free_port()), str(ROOT / "launch" / "pretrain_gpt.py"),
             *command, "--mcore-monitors-cpu",
         ],
         stdout=output,
@@ -154,7 +154,7 @@ def train(
     script = str(ROOT / "launch" / "pretrain_gpt.py")
     start = f"import sys, runpy\n{before}\nsys.argv[0] = {script!r}\n"
     start += f"runpy.run_path({script!r}, run_name='__main__')"
-    port = str(_free_port())
+    port = str(free_port())
     children = []
     for rank in range(processes):
         env = os.environ | {
