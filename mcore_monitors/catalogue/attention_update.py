@@ -82,7 +82,7 @@ def _spike(matrix: str) -> tuple[SignalInfo, SignalInfo]:
             source="Baik, Ben Arous, Péché 2005; Benaych-Georges, Nadakuditi 2012",
             meaning=f"How strong the coherent part of {what} is against its noise. The effective "
             "rank starts to fall near 0.3. Real noise is not white, so healthy runs have spikes "
-            "too; a fault keeps their direction.",
+            "too: what tells is a rise over the run's own level.",
             **common,
         ),
         SignalInfo(
@@ -111,21 +111,22 @@ SIGNALS = (
         "now and one window or more ago, no step in common; the smaller of the left and the right "
         "side (from 0 to 1; about 1.5/√hidden for random directions)",
         source="own; a biased fault pushes the same way each time, arXiv 2510.04212",
-        meaning="Whether the update keeps its direction. Healthy updates may be of low rank, but "
-        "each time in other directions.",
+        meaning="Whether the update keeps its direction. A biased fault's does; an update of low "
+        "rank need not, but what a healthy run learns for long has a lasting direction too.",
         tested=_TESTED,
     ),
     SignalInfo(
         name="attention/persistent_spike",
         family="weights",
         unit="head",
-        healthy="low",
+        healthy="drifts",
         watch="record",
         formula="number of comparisons in a row, without a step in common, in which ΔW_q has an "
         "outlying singular value and the direction of Δ2 overlaps with the last by 0.5 or more",
         source="own; see attention/query_update_outliers and attention/delta2_direction_overlap",
-        meaning="A coherent part that stays: the onset of a biased fault, without a healthy run to "
-        "compare with.",
+        meaning="A coherent part that stays. In white noise that is the onset of a biased fault; "
+        "a small healthy training had it in nearly all heads (docs/attention_update.md), so it "
+        "counts for evidence beside others and never alone.",
         tested=_TESTED,
     ),
 )

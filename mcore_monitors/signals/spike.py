@@ -8,8 +8,11 @@ far it stands out says how strong it is (Baik, Ben Arous and Péché 2005; Benay
 Nadakuditi 2012). The strength is given as ‖C‖_F/‖N‖_F, on whose scale the effective rank starts to
 narrow near 0.3 and has collapsed near 1 (docs/attention_update.md).
 
-Real noise is not white: activations have directions of their own, so that outlying values alone are
-no fault. A fault needs an outlying value *and* a direction that stays (:func:`persistent_spike`).
+Real noise is not white: activations have directions of their own, and healthy training is coherent
+too. Outlying values alone are no fault. In white noise a fault is an outlying value *and* a
+direction that stays (:func:`persistent_spike`), where an update of low rank has a direction of its
+own each time; in a real training that pair may be healthy as well, and what tells is a strength
+that rises over the run's own level (measured in docs/attention_update.md).
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def spike(singular_values_squared: Tensor, columns: int) -> Spike:
 def persistent_spike(
     outliers: Tensor, overlaps: Tensor, *, overlap_at_least: float = 0.5
 ) -> Tensor:
-    """Whether a head's update is coherent *and* keeps its direction: the onset of a biased fault.
+    """Whether a head's update is coherent *and* keeps its direction, as a biased fault's does.
 
     Args:
         outliers: [S, ...], outlying singular values at S samples (:func:`spike`), of one matrix or
@@ -80,7 +83,7 @@ def persistent_spike(
             Samples are at least one window apart, so that no two of them share a step.
         overlap_at_least: |cos| that counts as the same direction. A coherent part of strength s
             in [d, D] noise leaves s²d/(1 + s²d) of it to two samples at D ≫ d: 0.94 at s = 0.5 and
-            d = 64, 0.67 at d = 8. Independent directions have about 1.8/√D.
+            d = 64, 0.67 at d = 8. Independent directions have about 1.5/√D.
 
     Returns:
         [...], bool: every sample has an outlying value and every overlap is large enough. Not
