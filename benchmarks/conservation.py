@@ -6,9 +6,9 @@ Trains a small language model (benchmarks/conservation_model.py, 16 sequences of
 standard library's sources a step) for 300 steps without a fault, then, from that checkpoint and for
 each fault, strength and format, takes ten healthy samples and three faulty ones, two steps apart.
 The tie mechanism of arXiv 2510.04212 needs tied maxima, which a model of this size does not have:
-it is run at the kernel's border on tensors that have them. Healthy runs go on from the same
-checkpoint with other data. About ten minutes on one core; finished rows are kept in --work and
-not run again.
+it is run at the kernel's border on tensors that have them, and so is PyTorch's own fused kernel.
+Healthy runs go on from the same checkpoint with other data. About ten minutes on one core; finished
+rows are kept in --work and not run again.
 
 An alarm is one of two things, at one place and residual:
 
@@ -25,12 +25,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -171,8 +174,16 @@ def _largest(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def run_tie(fault: KernelFault | None, seed: int, samples: int) -> dict[str, Any]:
-    """Three samples of tied tensors in bfloat16, with the double rounding or without."""
+def pytorch_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention of [S, B, H, d]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return o.permute(2, 0, 1, 3)
+
+
+def run_tie(kernel: Callable[..., Tensor], seed: int, samples: int) -> dict[str, Any]:
+    """A kernel in bfloat16 on tensors with tied maxima, at its border."""
     generator = torch.Generator().manual_seed(seed)
     judge, first = Judge(), None
     row: dict[str, Any] = {}
@@ -181,7 +192,7 @@ def run_tie(fault: KernelFault | None, seed: int, samples: int) -> dict[str, Any
         q, k, v, do = (x.bfloat16() for x in tensors)
         for x in (q, k, v):
             x.requires_grad_()
-        o = flash_attention(q, k, v, scale=DIM**-0.5, fault=fault)
+        o = kernel(q, k, v)
         grads = torch.autograd.grad(o, (q, k, v), do)
         x, g = [t.detach() for t in (q, k, v, o)], [*grads, do]
         found = list(attention_readings(("attention", 1), x, g))
@@ -303,7 +314,12 @@ def main() -> None:
                 lambda f=fault, p=place, t=fmt: run_fault(started(saved, t, 101), f, p, (0,)),
             )
             done(name, 1 / EXPERTS if place[0] == "router" else 1, fmt, row)
-    done("tie", 2, "bf16", kept.get("tie", lambda: run_tie(KernelFault("tie"), 1, FAULTY)))
+    written_out = partial(flash_attention, scale=DIM**-0.5)
+    for name, kernel in (
+        ("tie", partial(written_out, fault=KernelFault("tie"))),
+        ("tie_in_pytorch_flash", pytorch_flash),
+    ):
+        done(name, 2, "bf16", kept.get(name, lambda k=kernel: run_tie(k, 1, FAULTY)))
     healthy = [
         kept.get(
             f"healthy {fmt} {seed} {arguments.samples}",
@@ -312,7 +328,7 @@ def main() -> None:
         for fmt in FORMATS
         for seed in range(201, 201 + arguments.healthy)
     ]
-    tied = kept.get("healthy tie", lambda: run_tie(None, 2, 30))
+    tied = kept.get("healthy tie", lambda: run_tie(written_out, 2, 30))
     for row in healthy:
         print("healthy", row, flush=True)
     print("tied tensors, right kernel, 30 samples: first alarm", tied["first_sample"])

@@ -2,10 +2,11 @@
 
     python benchmarks/conservation_floors.py --json floors.json
 
-Attention: fused (flash) and unfused (math) ``scaled_dot_product_attention``, causal, and fused
-under autocast, on nine kinds of tensors (benchmarks/conservation_common.py). Norms, cross-entropy
-and router softmax on random, common and extreme inputs. Each row says the mean over heads and
-sequences (what a monitor reads) and the largest single one. Two cores, no GPU: about a minute.
+Attention: fused (flash) and unfused (math) ``scaled_dot_product_attention``, causal, fused under
+autocast, and a flash kernel written out with one rounding each (mcore_monitors.faults.kernel), on
+nine kinds of tensors (benchmarks/conservation_common.py). Norms, cross-entropy and router softmax
+on random, common and extreme inputs. Each row says the mean over heads and sequences (what a
+monitor reads) and the largest single one. Two cores, no GPU: about a minute.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from conservation_common import KINDS, attention_inputs, made_by  # noqa: E402
 
+from mcore_monitors.faults.kernel import flash_attention  # noqa: E402
 from mcore_monitors.signals import conservation as c  # noqa: E402
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,8 +41,12 @@ def attention_residuals(
     autocast = path == "autocast"
     q, k, v = (x.to(torch.float32 if autocast else dtype).requires_grad_() for x in qkv)
     backend = SDPBackend.MATH if path == "math" else SDPBackend.FLASH_ATTENTION
-    with sdpa_kernel(backend), torch.autocast("cpu", dtype=dtype, enabled=autocast):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if path == "written out":
+        first = (x.permute(2, 0, 1, 3) for x in (q, k, v))
+        out = flash_attention(*first, scale=q.shape[-1] ** -0.5).permute(1, 2, 0, 3)
+    else:
+        with sdpa_kernel(backend), torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     do = do.to(out.dtype)
     grads = torch.autograd.grad(out, (q, k, v), do)
     if autocast:  # what the kernel saw
@@ -69,10 +75,10 @@ def attention_rows(generator: torch.Generator) -> Iterator[dict[str, Any]]:
         for kind in KINDS:
             tensors = attention_inputs(kind, length, sequences, 4, dim, generator)
             for name, dtype in FORMATS.items():
-                for path in ("flash", "math", "autocast"):
+                for path in ("flash", "math", "written out", "autocast"):
                     if path == "autocast" and (dtype == torch.float32 or length > 512):
                         continue
-                    if path == "math" and length > 512:
+                    if path in ("math", "written out") and length > 512:
                         continue
                     found = attention_residuals(tensors, dtype, path)
                     for residual, values in found.items():

@@ -292,18 +292,36 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--figure", type=Path, help="write the curve to this SVG or PNG file")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "conservation")
+    parser.add_argument(
+        "--part",
+        choices=("all", "null", "residual", "baselines"),
+        default="all",
+        help="make the rows of one part only, for a start in several processes",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=5000)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
     saved = bench.checkpoint(arguments.work)
-    kept = bench.Kept(arguments.work / "power.json")
-    nulls = [kept.get(f"null {f}", lambda f=f: null(f, arguments.seed)) for f in DTYPES]
+
+    def wanted(part: str) -> bench.Kept | None:
+        """The part's kept rows; None where another process is on it."""
+        if arguments.part not in (part, "all"):
+            return None
+        return bench.Kept(arguments.work / f"power_{part}.json")
+
+    rows, nulls, trained = [], [], []
+    if kept := wanted("null"):
+        nulls = [kept.get(f, lambda f=f: null(f, arguments.seed)) for f in DTYPES]
     for row in nulls:
         print(row, flush=True)
-    trained = baselines(saved, kept)
-    rows = residual_rows(saved, kept, arguments.repeats, arguments.seed)
+    if kept := wanted("residual"):
+        rows = residual_rows(saved, kept, arguments.repeats, arguments.seed)
+    if kept := wanted("baselines"):
+        trained = baselines(saved, kept)
+    if arguments.part != "all":
+        return
     result = {
         "smallest": [
             {"length": n} | {fmt: smallest(rows, fmt, n) for fmt in STRENGTHS} for n in LENGTHS
