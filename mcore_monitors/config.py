@@ -64,7 +64,7 @@ class AttentionActivityConfig:
 
     enabled: Enabled = "auto"
     #: queries of a sequence that are looked at; sequences up to this length are looked at whole
-    queries: Positive = 32
+    queries: Positive = 16
 
 
 @dataclass(frozen=True, kw_only=True)

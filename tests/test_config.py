@@ -26,7 +26,7 @@ SCHEMA = {
         "attention_update": {"enabled": "auto", "windows": [10, 50, 200], "snapshots": "device"},
         "router": {"enabled": "auto", "tokens": "all"},
         "conservation": {"enabled": "auto"},
-        "attention_activity": {"enabled": "auto", "queries": 32},
+        "attention_activity": {"enabled": "auto", "queries": 16},
         "optimizer": {"enabled": "auto", "every": 4},
     },
     "detection": {
