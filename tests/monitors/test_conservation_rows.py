@@ -15,7 +15,7 @@ from mcore_monitors.hosts.observed_norm import norm_form, observe_norm
 from mcore_monitors.hosts.taps import Tap
 from mcore_monitors.monitors.base import StepState
 from mcore_monitors.monitors.conservation import ConservationMonitor
-from mcore_monitors.monitors.conservation.direction import Directions
+from mcore_monitors.monitors.conservation.direction import DIRECTIONS, Directions, rows
 from mcore_monitors.monitors.conservation.limits import residual_limits, smallest_bias
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import Conserved, ModelView
@@ -236,6 +236,26 @@ def test_a_recomputed_norm_counts_once() -> None:
     torch.testing.assert_close(readings[0][1], readings[2][1])
 
 
+def test_of_many_tokens_some_are_looked_at_and_all_in_turn() -> None:
+    """A token whose gradient is broken is met at one of the next samples."""
+
+    class OneTokenOffRMSNorm(CarelessRMSNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            right = nn.functional.rms_norm(x, (16,), eps=self.eps)
+            # the copy that is looked at has fewer tokens: mark the token by its values
+            odd = (x[..., :1] > 50).to(x.dtype)
+            return odd * super().forward(x) + (1 - odd) * right
+
+    block, watched, _ = built(OneTokenOffRMSNorm())
+    x = normal(4 * 128, 1, 16)
+    x[6, 0, 0] = 100.0
+    seen = []
+    for _ in range(4):
+        block(x.clone().requires_grad_()).square().sum().backward()
+        seen.append(sample([watched], 10)[SCALE][2][1] > 1e-5)
+    assert seen == [False, False, True, False]
+
+
 def test_a_norm_that_hands_the_residual_on_is_left_alone() -> None:
     class TwoRMSNorm(nn.RMSNorm):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,37 +280,53 @@ def test_forms_that_are_known() -> None:
 # ---- evidence of a bias ----
 
 
+VALUE = "attention/value_output"
+
+
 def direction_sums(mean: float, seed: int, sequences: int = 8) -> torch.Tensor:
-    """[layers 2, groups 2, directions 1, 4] of signed residuals around ``mean`` ± 1."""
-    r = mean + normal(sequences, 2, 2, 1, seed=seed).double()
+    """[layers 2, directions 4, groups 2, 4] of signed residuals around ``mean`` ± 1."""
+    r = mean + normal(sequences, 2, 4, 2, seed=seed).double()
     count = torch.full_like(r[0], sequences)
     return torch.stack([r.sum(0), r.abs().sum(0), r.square().sum(0), count], dim=-1)
 
 
+def directions(least: float = 0.1) -> Directions:
+    return Directions(2, 2, dict.fromkeys(DIRECTIONS, least))
+
+
 def test_rounding_gives_little_evidence_and_a_bias_much() -> None:
-    model = TinyModel().view()
-    limit = residual_limits(model)["attention/query_key_bias"]
+    limit = residual_limits(TinyModel().view())["attention/query_key_bias"]
     for mean, biased in ((0.0, False), (1.0, True)):
-        directions = Directions(model, "attention/query_key", least=0.1)
-        evidence = [directions.add(direction_sums(mean, seed)) for seed in range(30)]
-        assert evidence[-1].keys() == {1, 2}
-        largest = max(values[0] for sample in evidence for values in sample.values())
+        watched = directions()
+        evidence = [watched.add(direction_sums(mean, seed)) for seed in range(30)]
+        assert evidence[-1].keys() == DIRECTIONS.keys()
+        largest = max(x for sample in evidence for values in sample.values() for x in values)
         assert (largest > limit) is biased
 
 
 def test_a_bias_that_is_small_beside_the_floor_is_no_evidence() -> None:
-    directions = Directions(TinyModel().view(), "attention/query_key", least=2.0)
-    assert [directions.add(direction_sums(1.0, seed)) for seed in range(20)][-1][1] == [0.0]
+    watched = directions(least=2.0)
+    assert [watched.add(direction_sums(1.0, seed)) for seed in range(20)][-1][VALUE] == [0.0] * 2
+
+
+def test_each_residual_has_its_own_rows() -> None:
+    sums = direction_sums(0.0, 0)
+    sums[0, rows(VALUE)] = direction_sums(3.0, 1)[0, rows(VALUE)]
+    evidence = Directions(2, 2, dict.fromkeys(DIRECTIONS, 2.0)).add(sums)
+    assert evidence[VALUE][0] > 1 and evidence[VALUE][1] == 0
+    assert evidence["attention/key_shift"] == evidence["attention/query_key"] == [0.0] * 2
+    with pytest.raises(KeyError):
+        rows("router/shift")
 
 
 def test_an_overflow_does_not_blind_the_window_and_a_restart_empties_it() -> None:
-    directions = Directions(TinyModel().view(), "attention/query_key", least=0.1)
+    watched = directions()
     for seed in range(5):
-        directions.add(direction_sums(1.0, seed))
-    (before,) = directions.add(torch.full((2, 2, 1, 4), math.nan, dtype=torch.float64))[1]
+        watched.add(direction_sums(1.0, seed))
+    (before, _) = watched.add(torch.full((2, 4, 2, 4), math.nan, dtype=torch.float64))[VALUE]
     assert before > 5
-    directions.clear()
-    assert directions.add(torch.zeros(2, 2, 1, 4, dtype=torch.float64))[1] == [0.0]
+    watched.clear()
+    assert watched.add(torch.zeros(2, 4, 2, 4, dtype=torch.float64))[VALUE] == [0.0] * 2
 
 
 def test_the_monitor_gives_evidence_of_a_wrong_row_term() -> None:

@@ -8,6 +8,7 @@ signed direction is added up over the last samples, where rounding cancels and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,12 @@ from ...signals.conservation import (
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
 from ..base import Monitor, Readings, mean_by_layer
 from .border import AttentionBorder, Guard, NormBorder
-from .direction import DIRECTIONS, Directions
+from .direction import Directions, rows
 from .limits import smallest_bias
 from .terms import PendingTerms, Terms
 
+#: field of the packed buffer with the signed sums of all attention residuals
+_BIAS = "attention/bias"
 _FROM_TERMS = dict(
     zip(
         ATTENTION_RESIDUALS,
@@ -61,24 +64,25 @@ class ConservationMonitor(Monitor):
         self._context = PendingTerms(context)
         self._vocabulary = PendingTerms(vocabulary or GroupSum(None))
         self.collective = context.size > 1 or self._vocabulary.group.size > 1
-        self._buffers = {
-            field: torch.zeros(shape, dtype=torch.float64, device=model.device)
-            for field, shape in self.schema().items()
+        self._directions = Directions(
+            model.layers,
+            model.groups,
+            {signal: smallest_bias(model, signal) for signal in ATTENTION_RESIDUALS},
+        )
+        # what is pooled over tokens is added up as it comes; attention's terms wait for the sample
+        self._pooled = {
+            signal: torch.zeros(shape, dtype=torch.float64, device=model.device)
+            for signal, shape in self.schema().items()
+            if signal in model.conserved and signal not in ATTENTION_RESIDUALS
         }
-        self._directions = {
-            signal: Directions(model, signal, smallest_bias(model, signal))
-            for signal in ATTENTION_RESIDUALS
-        }
+        self._turn = 0
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         fields: dict[str, tuple[int, ...]] = {
             signal: (2, self._layers, residual.units)
             for signal, residual in self._conserved.items()
         }
-        for signal, directions in DIRECTIONS.items():
-            units = self._conserved[signal].units
-            fields[f"{signal}_bias"] = (self._layers, units, directions, 4)
-        return fields
+        return fields | {_BIAS: self._directions.shape}
 
     # ---- taps ----
 
@@ -92,7 +96,7 @@ class ConservationMonitor(Monitor):
 
     def on_norm(self, layer: int, unit: int, call: NormCall) -> None:
         """Watch one micro-batch of a norm; ``unit`` is its place in the catalogue's ``NORMS``."""
-        NormBorder(call, partial(self._pool, layer, unit), self.guard)
+        NormBorder(call, self._turn, partial(self._pool, layer, unit), self.guard)
 
     def on_router(self, layer: int, logits: torch.Tensor, *_: Any, **__: Any) -> None:
         """Watch the router logits [..., E] of one micro-batch."""
@@ -119,54 +123,72 @@ class ConservationMonitor(Monitor):
 
     def _pool(self, layer: int, unit: int, signal: str, terms: Terms) -> None:
         """Add Σ|signed| and Σ scale over tokens: their ratio is the same however these are cut."""
-        total, count = self._buffers[signal][:, layer - 1, unit]
+        total, count = self._pooled[signal][:, layer - 1, unit]
         total += terms[0].abs().sum()
         count += terms[1].sum()
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+        self._turn += 1
         for signal, layers, terms in self._context.complete():
-            self._add_attention(signal, layers, terms)
+            self._add_attention(signal, layers, terms, fields)
         for signal, layers, terms in self._vocabulary.complete():
             for layer, *of_layer in zip(layers, *terms, strict=True):
                 self._pool(layer, 0, signal, tuple(of_layer))
-        for name, buffer in self._buffers.items():
-            fields[name] += buffer
-            buffer.zero_()
+        for signal, sums in self._pooled.items():
+            fields[signal] += sums
+            sums.zero_()
 
-    def _add_attention(self, signal: str, layers: list[int], terms: Terms) -> None:
+    def _add_attention(
+        self, signal: str, layers: list[int], terms: Terms, fields: dict[str, torch.Tensor]
+    ) -> None:
         """Take in complete terms [layers, B, G, ...] of all micro-batches together."""
         # all heads of all layers at once: [B, layers · G, ...]
-        signed, scale, *rest = (term.transpose(0, 1).flatten(1, 2) for term in terms)
+        signed, scale, *more = (term.transpose(0, 1).flatten(1, 2) for term in terms)
         shape = (len(layers), terms[1].shape[-1])
         ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, *shape)
-        if rest:
-            signed = key_shift_along(signed, rest[0].permute(2, 0, 1, 3)).permute(1, 2, 0)
+        if more:
+            signed = key_shift_along(signed, more[0].permute(2, 0, 1, 3)).permute(1, 2, 0)
         else:
             signed = signed.unsqueeze(-1)
-        directions = signed.shape[-1]
         along = direction_terms(
             signed.flatten(1), scale.unsqueeze(-1).expand_as(signed).flatten(1)
-        ).view(*shape, directions, 4)
-        for i, layer in enumerate(layers):
-            first = self._conserved[signal].places[layer][0]
+        ).view(*shape, -1, 4)
+        along = along.transpose(1, 2)  # [layers, directions, G, 4]
+        places = self._conserved[signal].places
+        for these, first in _runs([(layer, places[layer][0]) for layer in layers]):
             here = slice(first, first + shape[1])
-            self._buffers[signal][:, layer - 1, here] += ratio[:, i]
-            self._buffers[f"{signal}_bias"][layer - 1, here] += along[i]
+            at = slice(layers[these.start] - 1, layers[these.stop - 1])
+            fields[signal][:, at, here] += ratio[:, these]
+            fields[_BIAS][at, rows(signal), here] += along[these]
 
     def restart(self) -> None:
         for pending in (self._context, self._vocabulary):
             pending.clear()
-        for buffer in self._buffers.values():
-            buffer.zero_()
-        for directions in self._directions.values():
-            directions.clear()
+        for sums in self._pooled.values():
+            sums.zero_()
+        self._directions.clear()
 
     # ---- readings ----
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings = {signal: mean_by_layer(*fields[signal]) for signal in self._conserved}
-        for signal, directions in self._directions.items():
-            name = f"{signal}_bias"
-            evidence = directions.add(fields[name])
-            readings[name] = {layer: evidence[layer] for layer in readings[signal]}
+        for signal, evidence in self._directions.add(fields[_BIAS]).items():
+            readings[f"{signal}_bias"] = {n: [evidence[n - 1]] for n in readings[signal]}
         return readings
+
+
+def _runs(places: list[tuple[int, int]]) -> Iterator[tuple[slice, int]]:
+    """Stretches of layers that follow one another with their units at the same place.
+
+    Args:
+        places: (layer, first unit), ascending.
+
+    Yields:
+        (slice of ``places``, first unit).
+    """
+    start = 0
+    for i in range(1, len(places) + 1):
+        layer, first = places[i - 1]
+        if i == len(places) or places[i] != (layer + 1, first):
+            yield slice(start, i), first
+            start = i

@@ -38,6 +38,9 @@ def _key_shift(dk: torch.Tensor, q: torch.Tensor, o: torch.Tensor, do: torch.Ten
     return (*terms, directions.permute(1, 2, 0, 3))
 
 
+#: tokens of a call of a norm that are looked at, at least; up to twice as many
+TOKENS = 128
+
 _ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
     "attention/key_shift": (_key_shift, ("dk", "q", "o", "do")),
     "attention/value_output": (value_output_terms, ("v", "dv", "o", "do")),
@@ -86,15 +89,21 @@ class AttentionBorder:
 class NormBorder:
     """Input and output of one call of a norm, and their gradients as they come.
 
+    Each token is a test by itself. Of many every so-and-so-many-th is looked at, others at each
+    sample.
+
     Args:
         call: the tensors of the graph.
+        turn: number of the sample, which picks the tokens.
         deliver: called with the terms of ``norm/scale`` and, for LayerNorm, ``norm/shift``.
         guard: wraps the hooks.
     """
 
-    def __init__(self, call: NormCall, deliver: Deliver, guard: Guard) -> None:
+    def __init__(self, call: NormCall, turn: int, deliver: Deliver, guard: Guard) -> None:
         self._deliver = deliver
-        self._x, self._y = call.x.detach(), call.y.detach()
+        stride = max(1, call.x.shape[:-1].numel() // TOKENS)
+        self._rows = slice(turn % stride, None, stride)
+        self._x, self._y = self._some(call.x), self._some(call.y)
         self._form = {"eps": call.eps, "centred": call.centred}
         self._bias = None if call.bias is None else call.bias.detach()
         self._beside, self._dy = call.beside, None
@@ -103,19 +112,25 @@ class NormBorder:
         if call.y.requires_grad:
             call.y.register_hook(guard(self._on_output))
 
+    def _some(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens that are looked at, D], without a graph."""
+        return x.detach().reshape(-1, x.shape[-1])[self._rows]
+
     def _on_output(self, gradient: torch.Tensor) -> None:
-        self._dy = gradient.detach()
+        self._dy = self._some(gradient)
         if self._beside is not None and self._x is not None:
             with torch.enable_grad():
-                x = self._x.requires_grad_()
+                x = self._x.detach().requires_grad_()
                 (dx,) = torch.autograd.grad(self._beside(x), x, self._dy)
-            self._x = x.detach()
-            self._on_input(dx)
+            self._take(dx)
 
     def _on_input(self, gradient: torch.Tensor) -> None:
-        if self._dy is None or self._x is None:
-            return  # the output was not used, or this is a second backward pass
-        dx = gradient.detach()
+        if self._dy is not None:  # else the output was not used
+            self._take(self._some(gradient))
+
+    def _take(self, dx: torch.Tensor) -> None:
+        if self._x is None:
+            return  # a second backward pass
         terms = norm_scale_terms(self._x, dx, self._y, self._dy, **self._form, bias=self._bias)
         self._deliver("norm/scale", terms)
         if self._form["centred"]:

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 
+_WIDE = (torch.float32, torch.float64)
+
+
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32, or as it is where it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in _WIDE else x.float()
 
 
 def product_sums(x: Tensor, grad: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
