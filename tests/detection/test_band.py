@@ -194,3 +194,26 @@ def test_signals_of_another_version_are_left_alone():
     for sample in run:
         sample.signals["attention/from_the_future@9"] = {1: [1.0 / sample.iteration]}
     assert run_rule(run) == []
+
+
+def test_samples_without_a_reading_change_nothing():
+    """A long window is compared at some samples only; the judge sees those and nothing between."""
+    run = collapse(healthy(3, 600), 4000)
+    kept = [sample for sample in run if sample.iteration % 40 == 0]
+    wanted = [a for a in run_rule(kept) if a.signal == RANK]
+    for sample in run:
+        if sample.iteration % 40:
+            del sample.signals[RANK]
+    alarms = [a for a in run_rule(run) if a.signal == RANK]
+    assert alarms == wanted
+    assert any(a.unit == 2 and a.layer == 2 and a.iteration % 40 == 0 for a in alarms)
+
+
+def test_a_window_that_is_not_judged_raises_no_alarm():
+    run = collapse(healthy(0, 100), 600)
+    assert any(a.signal == RANK for a in run_rule(run, DetectionConfig(windows=[50, 200])))
+    assert run_rule(run, DetectionConfig(windows=[200])) == []
+    rule = BandRule(DetectionConfig(windows=[]))
+    for sample in run:
+        rule.update(sample)
+    assert "attention/delta2_effective_rank" not in rule.judged
