@@ -109,13 +109,13 @@ def caught_at(samples: list[dict[str, Any]], fmt: str, length: int) -> tuple[int
 
 
 def residual_rows(
-    saved: dict[str, Any], kept: bench.Kept, repeats: int, seed: int
+    saved: dict[str, Any], kept: bench.Kept, lengths: list[int], repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """One row for each length, format, repeat and strength."""
     rows = []
     for repeat in range(repeats):
         first = seed + 1000 * repeat
-        for length in LENGTHS:
+        for length in lengths:
             samples = [
                 kept.get(
                     f"sample {length} {first + i}",
@@ -275,7 +275,8 @@ def figure(result: dict[str, Any], path: Path) -> None:
         xscale="log", yscale="log", xlabel="keys in a sequence",
         ylabel="smallest strength caught in 20 samples",
     )  # fmt: skip
-    axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS], minor=False)
+    ticks = [p["length"] for p in result["smallest"]]
+    axes.set_xticks(ticks, [str(n) for n in ticks], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -298,6 +299,7 @@ def main() -> None:
         default="all",
         help="make the rows of one part only, for a start in several processes",
     )
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="KEYS")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=5000)
     arguments = parser.parse_args()
@@ -317,14 +319,15 @@ def main() -> None:
     for row in nulls:
         print(row, flush=True)
     if kept := wanted("residual"):
-        rows = residual_rows(saved, kept, arguments.repeats, arguments.seed)
+        rows = residual_rows(saved, kept, arguments.lengths, arguments.repeats, arguments.seed)
     if kept := wanted("baselines"):
         trained = baselines(saved, kept)
     if arguments.part != "all":
         return
     result = {
         "smallest": [
-            {"length": n} | {fmt: smallest(rows, fmt, n) for fmt in STRENGTHS} for n in LENGTHS
+            {"length": n} | {fmt: smallest(rows, fmt, n) for fmt in STRENGTHS}
+            for n in arguments.lengths
         ],
         "residual": rows,
         "null": nulls,

@@ -35,7 +35,6 @@ def test_exact_where_values_have_other_channels():
 def test_a_sink_or_a_soft_cap_breaks_the_key_shift_alone():
     for extra in ({"sink": 1.0}, {"cap": 2.0}):
         found = residuals(lambda *x: dense(*x, **extra), *inputs())  # noqa: B023
-        # behind a soft cap S itself is another function of Q and K: scale them by 1 + s
         assert broken(found, 1e-12) == {"key_shift"}
         assert found["key_shift"].max() > 1e-4
 
