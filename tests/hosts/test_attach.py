@@ -21,7 +21,9 @@ ALL = ["attention_update", "router", "conservation"]
 
 
 def wanted(folder: Path, **enabled: Any) -> Config:
-    monitors = {name: {"enabled": value} for name, value in enabled.items()}
+    # what the tiny model has nothing for is off, unless it is asked for
+    enabled = {"attention_activity": False, "optimizer": False} | enabled
+    monitors: dict[str, Any] = {name: {"enabled": value} for name, value in enabled.items()}
     monitors["attention_update"] = {"windows": [5]} | monitors.get("attention_update", {})
     return settings(folder, monitors=monitors)
 
@@ -90,6 +92,7 @@ def test_a_stage_without_a_router_still_takes_part(tmp_path: Path) -> None:
     assert [(e["world_size"], e["layers"], e["host"], e["mode"]) for e in start] == [
         (2, 2, "test", "log")
     ]
+    assert start[0]["windows"] == [5]
     assert start[0]["monitors"] == ALL and start[0]["versions"] == {"host": "1"}
     assert events(tmp_path, "resume") == []
 
