@@ -176,7 +176,7 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype, *, update_first: bool) -
     n, d, hidden = old.shape
     limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
     step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
-    gram = torch.empty(n, 2 * d, 2 * d, dtype=torch.float64, device=old.device)
+    gram = torch.empty(n, 2 * d, 2 * d, dtype=dtype, device=old.device)
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
     buffer = torch.empty(step, 2 * d, hidden, dtype=dtype, device=old.device)
@@ -187,12 +187,11 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype, *, update_first: bool) -
         update, weight = (first, second) if update_first else (second, first)
         weight.copy_(old[piece])
         update.copy_(new[piece]).sub_(weight)
-        # The upper right block is the transposed lower left: a quarter of the work saved.
-        into = gram[piece]
-        into[:, :d] = first @ x.mT
-        into[:, d:, d:] = second @ second.mT
-        into[:, d:, :d] = into[:, :d, d:].mT
-    return gram
+        torch.bmm(first, x.mT, out=gram[piece, :d])
+        torch.bmm(second, second.mT, out=gram[piece, d:, d:])
+    # The lower left block is the transposed upper right: a quarter of the work saved.
+    gram[:, d:, :d] = gram[:, :d, d:].mT
+    return gram.double()
 
 
 def _factor(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
