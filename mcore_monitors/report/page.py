@@ -153,7 +153,7 @@ def _recorded(run: Run, signals: Sequence[str]) -> list[str]:
         for index, group in enumerate(names)
     )
     note = (
-        "Written and shown, judged by no rule. Line: median over all layers; the number at its end "
+        "Written and shown, judged by no rule. Line: median over all layers; the number on it "
         "is the window in iterations, and a signal without one has a shade from lowest to highest."
     )
     return [
