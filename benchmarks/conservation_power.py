@@ -216,7 +216,9 @@ def _run(training: Training, history: list[Any], samples: int) -> list[list[floa
     return rows
 
 
-def baselines(saved: dict[str, Any], kept: bench.Kept) -> list[dict[str, Any]]:
+def baselines(
+    saved: dict[str, Any], kept: bench.Kept, strengths: list[float]
+) -> list[dict[str, Any]]:
     """When Δ2's effective rank and the gradient norm see each strength; None: not in 20 samples."""
     path = kept.folder / "before.pt"
     if not path.exists():
@@ -227,7 +229,7 @@ def baselines(saved: dict[str, Any], kept: bench.Kept) -> list[dict[str, Any]]:
         _run(training, history, 5)
         torch.save((training, history, _run(training, history, SAMPLES)), path)
     rows = []
-    for strength in (0.0, *TRAINED):
+    for strength in (0.0, *strengths):
 
         def make(strength=strength) -> list[list[float]]:
             training, history, _ = copy.deepcopy(torch.load(path, weights_only=False))
@@ -300,6 +302,10 @@ def main() -> None:
         help="make the rows of one part only, for a start in several processes",
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="KEYS")
+    parser.add_argument(
+        "--trained", type=float, nargs="+", default=TRAINED, metavar="STRENGTH",
+        help="strengths of the trainings for the baselines",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=5000)
     arguments = parser.parse_args()
@@ -321,7 +327,7 @@ def main() -> None:
     if kept := wanted("residual"):
         rows = residual_rows(saved, kept, arguments.lengths, arguments.repeats, arguments.seed)
     if kept := wanted("baselines"):
-        trained = baselines(saved, kept)
+        trained = baselines(saved, kept, arguments.trained)
     if arguments.part != "all":
         return
     result = {
