@@ -6,6 +6,9 @@ from .info import SignalInfo
 
 #: the residuals of an attention kernel
 ATTENTION_RESIDUALS = ("attention/key_shift", "attention/value_output", "attention/query_key")
+#: directions of a biased key shift in the order of their values: an error of the row term that is
+#: alike for all rows, or one that is a share of the row term itself
+BIASES = ("offset", "share")
 #: norms of a layer in the order of their values; the final one counts to the last layer
 NORMS = ("input", "pre-MLP", "query", "key", "final")
 
@@ -18,9 +21,9 @@ _MEGATRON = (
     "Megatron-core: tensor, sequence, pipeline and data parallelism, recompute, micro-batches"
 )
 _BIAS = (
-    "−ln p (nats): p bounds the probability that rounding alone gives the signed residuals of the "
-    "layer's heads, added up over the last 1, 3 or 10 samples; 0 where no head's mean reaches a "
-    "quarter of the format's floor"
+    "−ln p (nats): p bounds the probability that rounding alone gives the key shifts of the "
+    "layer's heads along a direction, added up over the last 1, 3 or 10 samples; 0 where no head's "
+    "mean reaches a quarter of the format's floor"
 )
 
 
@@ -76,18 +79,15 @@ SIGNALS = (
         "tensor-parallel error, a scale applied once.",
         _ATTENTION,
     ),
-    *(
-        _residual(
-            f"attention/{name}_bias",
-            "layer",
-            _BIAS,
-            "Over its limit: the residual points the same way sample after sample. Rounding does "
-            "not; a biased kernel does, even where each single residual is within its limit.",
-            _ATTENTION,
-            "own derivation; bound after Pinelis, Ann. Probab. 22 (1994) 1679",
-            "nats",
-        )
-        for name in ("key_shift", "value_output", "query_key")
+    _residual(
+        "attention/key_shift_bias",
+        "direction",
+        _BIAS,
+        "Over its limit: the key shift points the same way sample after sample. Rounding does "
+        "not; a biased kernel does, even where each single sample is within its limit. Direction "
+        "0: the row term is off by an offset; 1: by a share of itself, as of an O rounded one way.",
+        _ATTENTION,
+        "own derivation; bound after Pinelis, Ann. Probab. 22 (1994) 1679",
     ),
     _residual(
         "router/shift",
@@ -110,8 +110,9 @@ SIGNALS = (
     _residual(
         "norm/scale",
         "norm",
-        "Σ_t |⟨x_t, dx_t⟩ − ⟨y_t − β, dy_t⟩·ε/(m_t + ε)| / Σ_t Σ_c |x_tc dx_tc| over tokens t (no "
-        "unit; exactly 0, because a norm ignores the length of its input)",
+        "Σ_t |⟨x_t, dx_t⟩ − ⟨y_t − β, dy_t⟩·ε/(m_t + ε)| / Σ_t (Σ_c |x_tc dx_tc| + "
+        "|⟨y_t − β, dy_t⟩|) over tokens t (no unit; exactly 0, because a norm ignores the length of "
+        "its input)",
         "Over its limit: the backward of the norm lacks (part of) its projection, or uses other "
         "statistics than forward.",
         _MEGATRON,

@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, NORMS
+from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, BIASES, NORMS
 
 #: residual → layer → one size a unit: the residual over its limit; NaN where it was not measured
 Sizes = Mapping[str, Mapping[int, Sequence[float]]]
 
 _KEY, _VALUE, _QUERY = ATTENTION_RESIDUALS
+_KEY_BIAS = f"{_KEY}_bias"
 #: (what is broken, what holds) of each residual, in symbols
 _SYMBOLS = {
     _KEY: ("Σ_j dK_j ≠ 0", "Σ_j dK_j = 0"),
@@ -63,6 +64,12 @@ _ATTENTION = {
         "forward or backward",
         "no gradient of this kernel agrees with its forward pass",
     ),
+}
+#: what the direction of a biased key shift says
+_BIASED = {
+    "offset": "the row term rowsum(dO∘O) of the softmax backward is biased by an offset",
+    "share": "the row term rowsum(dO∘O) of the softmax backward is off by a share of itself, as of "
+    "an O that is rounded one way or has lost low bits",
 }
 _OTHER = {
     "router/shift": (
@@ -153,8 +160,8 @@ def _layers(sizes: Sizes, signals: Iterable[str]) -> list[int]:
 
 
 def _attention_sites(sizes: Sizes) -> Iterable[Site]:
-    biases = [f"{signal}_bias" for signal in ATTENTION_RESIDUALS]
-    for layer in _layers(sizes, [*ATTENTION_RESIDUALS, *biases]):
+    for layer in _layers(sizes, [*ATTENTION_RESIDUALS, _KEY_BIAS]):
+        bias = [_size(sizes, _KEY_BIAS, layer, i) for i in range(len(BIASES))]
         count = max(len(sizes.get(s, {}).get(layer, ())) for s in ATTENTION_RESIDUALS)
         patterns: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
         for unit in range(count):
@@ -170,14 +177,12 @@ def _attention_sites(sizes: Sizes) -> Iterable[Site]:
                     holding,
                     () if len(units) == count else tuple(units),
                     max(_size(sizes, s, layer, u) for s in broken for u in units),
+                    bias,
                 )
-        seen = {s for broken, _ in patterns for s in broken}
-        held = {s for _, holding in patterns for s in holding}
-        at = {s: _size(sizes, f"{s}_bias", layer, 0) for s in ATTENTION_RESIDUALS}
-        biased = frozenset(s for s, x in at.items() if x > 1 and s not in seen)
-        if biased:
-            size = max(at[s] for s in biased)
-            yield _attention_site(layer, biased, held - biased, (), size, hidden=True)
+        if all(_KEY not in broken for broken, _ in patterns) and any(x > 1 for x in bias):
+            held = {s for _, holding in patterns for s in holding} - {_KEY}
+            size = max(x for x in bias if x > 1)
+            yield _attention_site(layer, frozenset({_KEY}), held, (), size, bias, hidden=True)
 
 
 def _attention_site(
@@ -186,10 +191,13 @@ def _attention_site(
     holding: Iterable[str],
     units: tuple[int, ...],
     size: float,
+    bias: Sequence[float],
     *,
     hidden: bool = False,
 ) -> Site:
     where, fault = _ATTENTION[broken]
+    if broken == {_KEY} and any(x > 1 for x in bias):
+        fault = _BIASED[BIASES[max(range(len(bias)), key=lambda i: bias[i])]]
     return Site(
         layers=(layer,),
         place="attention",

@@ -82,13 +82,21 @@ def test_layers_that_are_broken_in_the_same_way_are_one_site() -> None:
     assert site.sentence.startswith("layers 1–2, attention: Σ_j dK_j ≠ 0 at 30 times")
 
 
-def test_a_bias_below_the_limit_of_a_single_sample() -> None:
-    found = sizes() | {f"{KEY}_bias": {1: [1.5], 2: [0.2]}}
+BIAS = "attention/key_shift_bias"
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"), [([1.5, 1.2], "by an offset"), ([0.0, 1.2], "a share of itself")]
+)
+def test_a_bias_below_the_limit_of_a_single_sample(bias, words) -> None:
+    found = sizes() | {BIAS: {1: bias, 2: [0.2, 0.0]}}
     (site,) = localise(found)
     assert (site.layers, site.broken, site.hidden) == ((1,), (KEY,), True)
     assert "on average" in site.sentence and "times" not in site.sentence
-    # where the residual itself is over its limit, its direction says nothing more
-    assert len(localise(found | {KEY: {1: [9.0] * 4}})) == 1
+    assert words in site.fault
+    # where the residual itself is over its limit, its direction says what of the row term is wrong
+    (site,) = localise(found | {KEY: {1: [9.0] * 4}})
+    assert words in site.fault and not site.hidden
 
 
 @pytest.mark.parametrize(

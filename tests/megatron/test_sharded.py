@@ -58,8 +58,6 @@ TOLERANCE = {
             "attention/value_output",
             "attention/query_key",
             "attention/key_shift_bias",
-            "attention/value_output_bias",
-            "attention/query_key_bias",
             "router/shift",
             "norm/scale",
             "output/vocabulary_shift",

@@ -2,8 +2,8 @@
 
 Six identities of backpropagation, each zero for a right kernel up to rounding whatever the data or
 the weights (:mod:`mcore_monitors.signals.conservation`), taken from tensors at the border of
-attention, norms, routers and the output layer. Beside the size of each attention residual its
-signed direction is added up over the last samples, where rounding cancels and a bias does not.
+attention, norms, routers and the output layer. Beside the size of the key shift its signed
+direction is added up over the last samples, where rounding cancels and a bias does not.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from ...signals.conservation import (
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
 from ..base import Monitor, Readings, mean_by_layer
 from .border import AttentionBorder, Guard, NormBorder
-from .direction import Directions, rows
+from .direction import Directions
 from .limits import smallest_bias
 from .terms import PendingTerms, Terms
 
-#: field of the packed buffer with the signed sums of all attention residuals
-_BIAS = "attention/bias"
+_BIAS = "attention/key_shift_bias"
 _FROM_TERMS = dict(
     zip(
         ATTENTION_RESIDUALS,
@@ -64,11 +63,7 @@ class ConservationMonitor(Monitor):
         self._context = PendingTerms(context)
         self._vocabulary = PendingTerms(vocabulary or GroupSum(None))
         self.collective = context.size > 1 or self._vocabulary.group.size > 1
-        self._directions = Directions(
-            model.layers,
-            model.groups,
-            {signal: smallest_bias(model, signal) for signal in ATTENTION_RESIDUALS},
-        )
+        self._directions = Directions(model.layers, model.groups, smallest_bias(model))
         # what is pooled over tokens is added up as it comes; attention's terms wait for the sample
         self._pooled = {
             signal: torch.zeros(shape, dtype=torch.float64, device=model.device)
@@ -146,20 +141,24 @@ class ConservationMonitor(Monitor):
         signed, scale, *more = (term.transpose(0, 1).flatten(1, 2) for term in terms)
         shape = (len(layers), terms[1].shape[-1])
         ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, *shape)
-        if more:
-            signed = key_shift_along(signed, more[0].permute(2, 0, 1, 3)).permute(1, 2, 0)
-        else:
-            signed = signed.unsqueeze(-1)
-        along = direction_terms(
-            signed.flatten(1), scale.unsqueeze(-1).expand_as(signed).flatten(1)
-        ).view(*shape, -1, 4)
-        along = along.transpose(1, 2)  # [layers, directions, G, 4]
+        along = self._along(signed, scale, more[0], shape) if more else None
         places = self._conserved[signal].places
         for these, first in _runs([(layer, places[layer][0]) for layer in layers]):
             here = slice(first, first + shape[1])
             at = slice(layers[these.start] - 1, layers[these.stop - 1])
             fields[signal][:, at, here] += ratio[:, these]
-            fields[_BIAS][at, rows(signal), here] += along[these]
+            if along is not None:
+                fields[_BIAS][at, :, here] += along[these]
+
+    @staticmethod
+    def _along(
+        signed: torch.Tensor, scale: torch.Tensor, directions: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """Sums of the key shift along its directions, [layers, directions, G, 4]."""
+        number = key_shift_along(signed, directions.permute(2, 0, 1, 3)).permute(1, 2, 0)
+        scale = scale.unsqueeze(-1).expand_as(number)
+        sums = direction_terms(number.flatten(1), scale.flatten(1))
+        return sums.view(*shape, -1, 4).transpose(1, 2)
 
     def restart(self) -> None:
         for pending in (self._context, self._vocabulary):
@@ -172,8 +171,9 @@ class ConservationMonitor(Monitor):
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings = {signal: mean_by_layer(*fields[signal]) for signal in self._conserved}
-        for signal, evidence in self._directions.add(fields[_BIAS]).items():
-            readings[f"{signal}_bias"] = {n: [evidence[n - 1]] for n in readings[signal]}
+        evidence = self._directions.add(fields[_BIAS]).tolist()
+        shift = readings["attention/key_shift"]
+        readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
         return readings
 
 

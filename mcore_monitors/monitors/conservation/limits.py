@@ -6,9 +6,10 @@ import math
 
 import torch
 
+from ...catalogue.conservation import BIASES
 from ...signals.conservation import floor, limit
-from ...views import ATTENTION_RESIDUALS, ModelView
-from .direction import DIRECTIONS, WINDOWS
+from ...views import ModelView
+from .direction import WINDOWS
 
 _RESIDUAL = {
     "attention/key_shift": "key_shift",
@@ -40,16 +41,15 @@ def residual_limits(model: ModelView) -> dict[str, float]:
         signal: limit(_RESIDUAL[signal], *_sizes(model, signal), tf32=tf32)
         for signal in model.conserved
     }
-    tests = model.layers * len(WINDOWS) * sum(DIRECTIONS.values())
-    evidence = math.log(tests / _LEVEL)
-    return limits | {f"{name}_bias": evidence for name in ATTENTION_RESIDUALS}
+    tests = model.layers * len(WINDOWS) * len(BIASES)
+    return limits | {"attention/key_shift_bias": math.log(tests / _LEVEL)}
 
 
-def smallest_bias(model: ModelView, signal: str) -> float:
-    """Size of a mean residual from which a bias counts; nothing where no limit is known."""
+def smallest_bias(model: ModelView) -> float:
+    """Size of a mean key shift from which a bias counts; nothing where no limit is known."""
     if not model.sequence_length:
         return math.inf
-    return _LEAST_BIAS * floor(_RESIDUAL[signal], *_sizes(model, signal))
+    return _LEAST_BIAS * floor("key_shift", *_sizes(model, "attention/key_shift"))
 
 
 def _sizes(model: ModelView, signal: str) -> tuple[torch.dtype, int, int]:

@@ -42,7 +42,10 @@ def norm_scale_terms(
     centred: bool,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """⟨x, dx⟩ − ⟨y − β, dy⟩·ε/(m + ε) and Σ_c |x_c dx_c| of each token.
+    """⟨x, dx⟩ − ⟨y − β, dy⟩·ε/(m + ε) and Σ_c |x_c dx_c| + |⟨y − β, dy⟩| of each token.
+
+    The second part of the scale is what the projection takes off. Behind the last norm of a model
+    dy is nearly along y, dx almost vanishes and the rounding of what was taken off does not.
 
     Args:
         x, grad_x: [..., D], input of the norm and its gradient through the norm alone.
@@ -64,7 +67,9 @@ def norm_scale_terms(
     if output is not None and grad_output is not None:
         y = wide(output) if bias is None else wide(output) - wide(bias)
         mean_square = x.square().mean(-1)
-        signed = signed - (y * wide(grad_output)).sum(-1) * (eps / (mean_square + eps))
+        taken_off = (y * wide(grad_output)).sum(-1)
+        signed = signed - taken_off * (eps / (mean_square + eps))
+        scale = scale + taken_off.abs()
     return signed, scale
 
 
