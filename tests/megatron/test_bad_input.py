@@ -77,6 +77,9 @@ def test_settings_that_cannot_be_used(tmp_path: Path) -> None:
         ],
         write("a file", {"run_dir": str(in_the_way)}): ["run_dir:", "File exists"],
         write("type", {"run_dir": run, "interval": "10"}): ["interval: '10'", "an integer"],
+        write("in place", {"run_dir": run, "recovery": {"how": "in_place"}}): [
+            "recovery.how: 'in_place'", "relaunch on Megatron-core",
+        ],
     }  # fmt: skip
     outcomes = refused_starts(list(said))
     assert outcomes.keys() == said.keys()

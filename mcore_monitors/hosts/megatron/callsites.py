@@ -45,7 +45,6 @@ def on_arguments(args: argparse.Namespace) -> None:
     """Behind argument parsing: read the settings and obey a recovery plan, if there is one."""
     try:
         _run.config = load(args.mcore_monitors)
-        check_run_dir(_run.config.run_dir)
         if _run.config.recovery.how == "in_place":
             raise ConfigError(
                 "recovery.how",
@@ -53,6 +52,7 @@ def on_arguments(args: argparse.Namespace) -> None:
                 "auto or relaunch on Megatron-core",
                 "Its training loop can't load a checkpoint while it runs.",
             )
+        check_run_dir(_run.config.run_dir)
         _run.order = resolve_start(_run.config.run_dir, _run.config.recovery.mode)
     except MonitorsError as error:
         _refuse(error)
