@@ -16,7 +16,7 @@ import torch
 from ..signals import router as signals
 from ..views import ModelView
 from .base import Monitor, Readings, mean_by_layer
-from .router_tokens import EDGES, SUMS, TokenSums
+from .router_sums import EDGES, SUMS, RouterSums
 
 #: quantiles over tokens: suffix of the signal's name to q
 QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
@@ -25,6 +25,14 @@ _OF_WEIGHT = {
     "weight_similarity": signals.weight_similarity,
     "centred_conditioning": signals.centred_conditioning,
     "row_norm_spread": signals.row_norm_spread,
+}
+_OF_TOKENS = {
+    "entropy": "routing_entropy",
+    "predicted_entropy": "predicted_entropy",
+    "squared_logsumexp": "z",
+    "mixing_entropy": "mixing_entropy",
+    "margin": "topk_margin",
+    "agreement": "bias_agreement",
 }
 _OF_LOAD = {
     "load_max_violation": signals.max_violation,
@@ -52,18 +60,19 @@ class RouterMonitor(Monitor):
         self.every_step, self.collective = every_step, collective
         self._layers, self._experts = model.layers, model.experts
         self._views = model.routers
-        edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float64).to(model.device)
-        self._tokens = {
-            view.layer: TokenSums(view, model.experts, edges)
-            for view in model.routers
-        }
+        self._tokens = RouterSums(model.routers, model.experts, model.device)
         #: layer to the most loaded expert and for how many samples on end it has been that
         self._holder: dict[int, tuple[int, int]] = {}
 
     @property
     def bytes_per_layer(self) -> int:
-        """Device memory that is kept for the layer that needs most."""
-        return max((sums.nbytes for sums in self._tokens.values()), default=0)
+        """Device memory that is kept for each layer of this rank."""
+        return self._tokens.accumulator_bytes // max(1, len(self._views))
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Device memory of logits that wait to be looked at, for all layers together."""
+        return self._tokens.waiting_bytes
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         layers = self._layers
@@ -75,8 +84,7 @@ class RouterMonitor(Monitor):
         }
 
     def restart(self) -> None:
-        for sums in self._tokens.values():
-            sums.clear()
+        self._tokens.clear()
         self._holder.clear()
 
     def on_logits(
@@ -94,16 +102,16 @@ class RouterMonitor(Monitor):
             padding: [...], True at padded tokens.
             routing_map: [..., E] the host's choice, for a rule that chooses by ``host``.
         """
-        self._tokens[layer].add(logits, padding, routing_map)
+        self._tokens.put(layer, logits, padding, routing_map)
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
+        tokens = self._tokens
+        tokens.look()
         for piece, view in enumerate(self._views):
             row = view.layer - 1
-            tokens = self._tokens[view.layer]
-            fields["sums"][row] += tokens.sums
-            fields["upto"][row] += tokens.upto.flatten()
-            fields["load"][row] += tokens.load
-            tokens.clear()
+            fields["sums"][row] += tokens.sums[piece]
+            fields["upto"][row] += tokens.upto[piece].flatten()
+            fields["load"][row] += tokens.load[piece]
             if view.read is None:
                 continue
             mine = view.replica.owns(piece)
@@ -113,6 +121,7 @@ class RouterMonitor(Monitor):
                 for name, signal in _OF_WEIGHT.items():
                     fields[name][row] += signal(weight)
                 fields["weights_count"][row] += 1
+        tokens.clear()
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings = {
@@ -120,15 +129,8 @@ class RouterMonitor(Monitor):
         }
         sums = dict(zip(SUMS, fields["sums"].split(1, dim=1), strict=True))
         upto = dict(zip(EDGES, fields["upto"].split(signals.BINS, dim=1), strict=True))
-        for name, count, total in (
-            ("routing_entropy", "tokens", "entropy"),
-            ("predicted_entropy", "tokens", "predicted_entropy"),
-            ("z", "tokens", "squared_logsumexp"),
-            ("mixing_entropy", "choice_tokens", "mixing_entropy"),
-            ("topk_margin", "margin_tokens", "margin"),
-            ("bias_agreement", "agreement_tokens", "agreement"),
-        ):
-            readings[name] = mean_by_layer(sums[total], sums[count])
+        for term, name in _OF_TOKENS.items():
+            readings[name] = mean_by_layer(sums[term], sums[f"{term}_tokens"])
         readings["prediction_gap"] = {
             layer: [measured[0] - readings["predicted_entropy"][layer][0]]
             for layer, measured in readings["routing_entropy"].items()

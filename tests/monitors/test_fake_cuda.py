@@ -201,8 +201,7 @@ class RouterOnTheHost(RouterMonitor):
 
     def __init__(self, model: ModelView) -> None:
         super().__init__(model)
-        for tokens in self._tokens.values():
-            tokens.sums = tokens.sums.cpu()
+        self._tokens.sums = self._tokens.sums.cpu()
 
 
 class ConservationThatLooks(ConservationMonitor):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from mcore_monitors.catalogue import SIGNALS
+from mcore_monitors.monitors import router_sums
 from mcore_monitors.monitors.router import RouterMonitor
+from mcore_monitors.monitors.router_sums import WAITING_BYTES
 from mcore_monitors.signals.router import (
     centred_conditioning,
     row_norm_spread,
@@ -414,10 +416,40 @@ def test_logits_of_a_graph_are_left_alone() -> None:
     z = logits(8, 2, E).requires_grad_()
     monitor = RouterMonitor(routed())
     monitor.on_logits(1, 2 * z)
-    assert not monitor._tokens[1].sums.requires_grad
+    assert not any(f.requires_grad for f in reduced([monitor], 10).values())
     assert z.grad is None
 
 
 def test_memory_of_a_layer() -> None:
-    """11 sums, two times 128 counts and a load, in float64."""
-    assert RouterMonitor(routed()).bytes_per_layer == 8 * (11 + 2 * 128 + E)
+    """14 sums, two times 128 counts and a load, in float64; what waits is shared by all layers."""
+    monitor = RouterMonitor(routed())
+    assert monitor.bytes_per_layer == 8 * (14 + 2 * 128 + E)
+    assert monitor.waiting_bytes == 0
+    for layer in (1, 2):
+        monitor.on_logits(layer, logits(64, 2, E))
+    assert 0.99 * WAITING_BYTES < monitor.waiting_bytes < 1.01 * WAITING_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 3000, 1 << 20])
+@pytest.mark.parametrize("name", ["softmax", "groups"])
+def test_how_many_wait_changes_nothing(
+    size: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, a few, all: and micro-batches of unlike size between them."""
+    rule, biased = RULES[name]
+    bias = BIAS.clone()
+    readings = []
+    for waiting_bytes in (16 << 20, size):
+        monkeypatch.setattr(router_sums, "WAITING_BYTES", waiting_bytes)
+        monitor = RouterMonitor(routed(rule, bias=lambda: bias if biased else None))
+        for i in range(12):
+            bias.copy_(BIAS * (1 + i / 4))  # from step to step
+            tokens = 20 if i % 4 else 31
+            padding = torch.arange(tokens) > 17 if i % 3 == 0 else None
+            monitor.on_logits(1 + i % 2, logits(tokens, E, seed=i), padding)
+        readings.append(sample([monitor], 10))
+    assert readings[0].keys() == readings[1].keys()
+    for signal, layers in readings[0].items():
+        assert readings[1][signal] == {
+            layer: pytest.approx(v, rel=1e-6) for layer, v in layers.items()
+        }
