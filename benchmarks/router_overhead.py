@@ -11,8 +11,8 @@ collected, reduced, read and written, which a run does once in ten steps by defa
 * on/off: median step with the monitor over median step without it, minus one, with the 95%
   interval of 1,000 bootstrap draws. It has all side effects in it, and the noise of the machine.
 
-Rows are ways of choosing, from cheap to dear. Memory is what the monitor keeps on the device for
-one layer, and its part of the collective.
+Rows are ways of choosing, from cheap to dear. Memory is what the monitor keeps on the device: bytes
+a layer, its part of the collective, and the logits that wait, once for all layers of a rank.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def measure(rule: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
         "on_seconds": seconds[True][skipped:],
         "inside_seconds": inside[skipped:],
         "bytes_per_layer": monitor.bytes_per_layer,
+        "waiting_bytes": monitor.waiting_bytes,
         "collective_bytes_per_layer": 8 * sum(int(np.prod(shape)) for shape in fields),
     }
 
@@ -186,6 +187,7 @@ def shares(row: dict[str, Any]) -> dict[str, Any]:
         "low": float(np.quantile(ratios, 0.025)),
         "high": float(np.quantile(ratios, 0.975)),
         "bytes_per_layer": row["bytes_per_layer"],
+        "waiting_bytes": row["waiting_bytes"],
         "collective_bytes_per_layer": row["collective_bytes_per_layer"],
     }
 
@@ -225,6 +227,7 @@ def main() -> None:
         result = {
             "share_router_every_step": max(row["inside_share"] for row in rows.values()),
             "bytes_per_layer": max(row["bytes_per_layer"] for row in rows.values()),
+            "waiting_bytes": max(row["waiting_bytes"] for row in rows.values()),
             "rows": [{"rule": name, **row} for name, row in rows.items()],
             "seconds": raw,
             "made_by": made_by() | {"threads": arguments.threads, "seed": 0},
