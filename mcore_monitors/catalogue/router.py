@@ -6,12 +6,14 @@ from typing import Any
 
 from .info import MDM, SignalInfo
 
-_TESTED = (
+_MEGATRON = (
     "Megatron-core: TP 2 with sequence parallelism, EP 2, TP 2 × EP 2, EP 2 × expert TP 2, "
     "PP 2 × EP 2, CP 2 × EP 2, data parallel, full and selective recompute, 4 micro-batches; "
-    "softmax, sigmoid with expert bias, group-limited, padding mask. "
-    "DeepSpeed: ZeRO 0 to 3 × EP 1 and 2, gradient accumulation 1 and 4, its own MoE and Hugging "
-    "Face's"
+    "softmax, sigmoid with expert bias, group-limited, padding mask"
+)
+_TESTED = (
+    f"{_MEGATRON}. DeepSpeed: its own MoE under ZeRO 0 to 2 × EP 1 and 2, Hugging Face's under ZeRO "
+    "0 to 3 and with expert parallelism; gradient accumulation 1 and 4"
 )
 
 
@@ -212,6 +214,7 @@ SIGNALS = (
         "(from 0 to 1); for other rules (Sinkhorn, quantile balancing, noise): share that the "
         "scores alone would have made",
         source="own",
+        tested=_MEGATRON,
         meaning="Falling: balancing overrules the router ever more often; the scores say one thing "
         "and the choice another.",
     ),
