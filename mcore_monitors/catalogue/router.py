@@ -12,8 +12,8 @@ _MEGATRON = (
     "softmax, sigmoid with expert bias, group-limited, padding mask"
 )
 _TESTED = (
-    f"{_MEGATRON}. DeepSpeed: its own MoE under ZeRO 0 to 2 × EP 1 and 2, Hugging Face's under ZeRO "
-    "0 to 3 and with expert parallelism; gradient accumulation 1 and 4"
+    f"{_MEGATRON}. DeepSpeed: its own MoE under ZeRO 0 to 2 × EP 1 and 2, Hugging Face's under "
+    "ZeRO 0 to 3 and with expert parallelism; gradient accumulation 1 and 4"
 )
 
 
