@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from mcore_monitors.errors import MonitorsError
@@ -17,6 +16,7 @@ from mcore_monitors.sinks.events import EventWriter
 from mcore_monitors.sinks.history import HistoryWriter
 
 from .. import distributed
+from ..monitors.borders import attention, cross, cut
 from ..monitors.models import TinyModel
 from .make import Mean, events, history, runtime, said, settings, step
 
@@ -99,14 +99,14 @@ def _half_a_sequence_each(rank: int, folder: Path) -> str:
     model = TinyModel()
     monitors = [ConservationMonitor(model.view(), GroupSum(dist.group.WORLD)), Mean("b")]
     run = runtime(settings(folder), monitors)
-    hook = run.guarded(monitors[0], monitors[0].on_key_gradient)
-    generator = torch.Generator().manual_seed(1)
+    broken = run.guarded(monitors[0], monitors[0].on_attention)
+    half = slice(4 * rank, 4 * rank + 4)
     with said() as texts:
         for iteration in STEPS:
-            dk = torch.randn(8, 3, 2, 4, generator=generator)[4 * rank : 4 * rank + 4]
             if (rank, iteration) == (1, 10):
-                dk = None  # AttributeError in the hook of this rank alone
-            hook(1, dk)
+                broken(1, None)  # AttributeError in the hook of this rank alone
+            elif run.state.armed:
+                cross(monitors[0], 1, cut(attention(seed=iteration), lambda x: x[half]))
             step(run, iteration)
         run.close()
     return texts[0]
