@@ -48,8 +48,8 @@ class HuggingFaceModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the mean loss in nats of tokens [B, S + 1]."""
-        logits = self.model(tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:])
-        return logits.loss
+        labels = tokens[:, 1:].contiguous()
+        return self.model(tokens[:, :-1], labels=labels, shift_labels=labels).loss
 
 
 class DeepSpeedModel(nn.Module):
