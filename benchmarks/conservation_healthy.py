@@ -137,7 +137,8 @@ def measure(layout: str, form: str, steps: int, seed: int) -> dict[str, Any]:
     _train(command, processes, folder)
     samples = HistoryReader(folder / "run").read()
     events = EventReader(folder / "run").read()
-    row = _row(samples, next(e for e in events if e["kind"] == "start")["limits"])
+    limits = next(e for e in events if e["kind"] == "start")["limits"]
+    row = _row(samples, limits)
     disabled = [e["error"] for e in events if e["kind"] == "monitor_disabled"]
     if disabled or len(samples) != steps:
         sys.exit(f"{layout}, {form}: {len(samples)} samples of {steps}. {disabled}")
@@ -149,6 +150,7 @@ def measure(layout: str, form: str, steps: int, seed: int) -> dict[str, Any]:
         "samples": len(samples),
         "alarms": sum(e["kind"] == "alarm" for e in events),
         **row,
+        "limits": limits,
         "seconds": round(time.time() - began),
     }
 
