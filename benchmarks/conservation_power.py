@@ -266,13 +266,17 @@ def figure(result: dict[str, Any], path: Path) -> None:
         points = [(p["length"], p[fmt]) for p in result["smallest"] if p[fmt]]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=f"key shift, {fmt}")
-    for name, style in (("delta2", "D"), ("gradient_norm", "s")):
+    tried = max((r["strength"] for r in result["baselines"]), default=None)
+    for name, style, offset in (("delta2", "D", 0.97), ("gradient_norm", "s", 1.03)):
         seen = [
             r["strength"] for r in result["baselines"] if r["strength"] and r["first_sample"][name]
         ]
         label = {"delta2": "Δ2 effective rank, fp32", "gradient_norm": "gradient norm, fp32"}[name]
         if seen:
-            axes.plot([128], [min(seen)], style, color="#555", label=label)
+            axes.plot([128 * offset], [min(seen)], style, color="#555", label=label)
+        elif tried:
+            label += f": not seen up to {tried:g}"
+            axes.plot([128 * offset], [tried], style, color="#555", fillstyle="none", label=label)
     axes.set(
         xscale="log", yscale="log", xlabel="keys in a sequence",
         ylabel="smallest strength caught in 20 samples",
