@@ -13,6 +13,7 @@ import torch
 
 from ..catalogue import part_name
 from ..signals.direction import directions_of, leading_coefficients
+from ..signals.rounding import rounding_energy, without_rounding
 from ..signals.spectra import measures
 from ..signals.spike import spike
 from ..signals.update_spectra import (
@@ -31,6 +32,17 @@ from .snapshots import Snapshots
 #: columns of a spectrum in the packed buffer; the entropy is the logarithm of the effective rank
 _MEASURES = ("effective_rank", "frobenius", "stable_rank")
 _SPIKE = ("spike_strength", "outliers")
+
+
+def _grams(
+    wq_old: torch.Tensor, wk_old: torch.Tensor, wq_new: torch.Tensor, wk_new: torch.Tensor
+) -> UpdateGrams:
+    """Gram matrices of an update; where weights exist in 16 bits only, without their rounding."""
+    grams = update_grams(wq_old, wk_old, wq_new, wk_new)
+    if wq_new.dtype not in (torch.bfloat16, torch.float16):
+        return grams
+    energies = rounding_energy(wq_old, wq_new), rounding_energy(wk_old, wk_new)
+    return without_rounding(grams, *energies)
 
 
 def _named(matrix: str, *columns: str) -> list[str]:
@@ -61,7 +73,8 @@ class AttentionUpdateMonitor(Monitor):
     absent.
 
     Snapshots have the number format of the weights as they are read, which loses nothing: fp32 main
-    weights stay fp32, and what exists in bf16 only is kept in bf16. Differences are taken in
+    weights stay fp32, and what exists in bf16 only is kept in bf16; there the expected energy of
+    rounding is taken off (:mod:`mcore_monitors.signals.rounding`). Differences are taken in
     float64.
 
     Args:
@@ -161,7 +174,7 @@ class AttentionUpdateMonitor(Monitor):
             old = (self._snapshots.get(iteration - window, place) for place in places)
             return *old, *(new[place] for place in places)
 
-        grams = {window: update_grams(*weights(window)) for window in ready}
+        grams = {window: _grams(*weights(window)) for window in ready}
         spectra = spectra_from_grams(_joined(grams.values()))
         found = _Columns(spectra, hidden=new[2 * number].shape[-1])
         for field, places, block in (

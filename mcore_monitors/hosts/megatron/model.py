@@ -120,7 +120,7 @@ class MegatronModel:
             if self._main.rounded([p for p in attention.parameters() if p.dim() > 1]):
                 view.left_out.append(
                     "fp32 main weights of the attention layers: this optimizer shows none, so "
-                    "attention updates are read from 16-bit weights and carry their rounding"
+                    "attention updates are read from 16-bit weights, whose rounding is estimated"
                 )
         identities.take_attention(view, attention)
         activity = activity_view(attention)
