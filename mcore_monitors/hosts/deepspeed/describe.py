@@ -6,7 +6,7 @@ class. DeepSpeed numbers no layers: numbers come from the modules' paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,9 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
 from ...monitors.base import StepState
-from ...views import AttentionView, ModelView, Replica, RouterView
+from ...views import ActivityView, AttentionView, ModelView, Replica, RouterView
 from ..huggingface.attention import FoundAttention, find_attention
-from ..huggingface.kernels import breaks_key_shift
+from ..huggingface.kernels import breaks_key_shift, hides_logits, logit_scale
 from ..huggingface.layers import number_layers
 from ..huggingface.observed_attention import observe_attention, why_not_observed
 from ..huggingface.observed_router import observe_router
@@ -77,11 +77,14 @@ def describe(
         head_dim=max((a.head_dim for a in attentions), default=0),
     )
     found = ModuleDescription(view=view)
-    for what, reasons in (("attention", unknown), ("router", unknown_routers)):
-        for reason, paths in reasons.items():
-            view.left_out.append(f"{what} {_listed(paths)}: {reason}")
+    left_out = {("attention", reason): paths for reason, paths in unknown.items()}
+    left_out |= {("router", reason): paths for reason, paths in unknown_routers.items()}
     for attention in attentions:
-        _take_attention(found, attention, numbers[attention.path], replica, state)
+        for what, reason in _take_attention(
+            found, attention, numbers[attention.path], replica, state
+        ):
+            left_out.setdefault((what, reason), []).append(attention.path)
+    view.left_out += [f"{what} {_listed(ps)}: {why}" for (what, why), ps in left_out.items()]
     for path, gate in gates.items():
         _take_gate(found, gate, numbers[path], replica, state)
     for router in routers:
@@ -103,7 +106,8 @@ def _listed(paths: list[str]) -> str:
 
 def _take_attention(
     found: ModuleDescription, a: FoundAttention, layer: int, replica: Replica, state: StepState
-) -> None:
+) -> Iterator[tuple[str, str]]:
+    """Enter an attention; yields (what is left out of it, why)."""
     view = found.view
     view.attention.append(
         AttentionView(
@@ -118,16 +122,22 @@ def _take_attention(
     )
     reason = why_not_observed(a.module)
     if reason is not None:
-        view.left_out.append(f"kernel of {a.path}: {reason}")
+        yield "kernel of", reason
         return
     observe_attention(a.module, a.groups, state)
     found.attentions[layer] = a.module
     broken = breaks_key_shift(a.module)
     if broken is not None:
-        view.left_out.append(f"key shift of {a.path}: {broken}")
+        yield "key shift of", broken
     view.conserves_attention(
         layer, 0, a.groups, but=() if broken is None else ("attention/key_shift",)
     )
+    reason = broken or hides_logits(a.module)
+    if reason is None:
+        scale = logit_scale(a.module, a.head_dim)
+        view.activity[layer] = ActivityView(first_head=0, heads=a.heads, scale=scale)
+    else:
+        yield "attention activity of", reason
 
 
 def _weights(a: FoundAttention) -> list[nn.Parameter]:

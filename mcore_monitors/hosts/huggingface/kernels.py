@@ -45,6 +45,22 @@ def breaks_key_shift(module: nn.Module) -> str | None:
     return None
 
 
+def logit_scale(module: nn.Module, head_dim: int) -> float:
+    """Factor on the product of query and key."""
+    scale = getattr(module, "scaling", None)
+    return float(scale) if isinstance(scale, float | int) else head_dim**-0.5
+
+
+def hides_logits(module: nn.Module) -> str | None:
+    """Why query and key do not tell which logits a query sees, or None where they do."""
+    if getattr(module, "is_causal", None) is not True:
+        return "it does not say that it is causal (is_causal)"
+    for owner in (module, getattr(module, "config", None)):
+        if getattr(owner, "sliding_window", None) is not None:
+            return "its queries see a sliding window of keys"
+    return None
+
+
 def why_not_faulty(module: nn.Module) -> str | None:
     """Why a drill's kernel can't replace this attention's, or None where it can."""
     reason = why_not_safe(module)

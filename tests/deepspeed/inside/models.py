@@ -78,32 +78,36 @@ class DeepSpeedModel(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-class HuggingFaceModel(nn.Module):
+def huggingface_model(implementation: str = "sdpa") -> nn.Module:
     """Qwen3's mixture of experts: grouped queries, QK-norm, transformers' attention interface."""
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        moe_intermediate_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        vocab_size=VOCABULARY,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        max_position_embeddings=LENGTH,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=implementation
+    )
 
-    def __init__(self, implementation: str = "sdpa", checkpointing: bool | None = None) -> None:
-        super().__init__()
-        config = transformers.Qwen3MoeConfig(
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            moe_intermediate_size=WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=4,
-            vocab_size=VOCABULARY,
-            num_experts=EXPERTS,
-            num_experts_per_tok=2,
-            decoder_sparse_step=1,
-            max_position_embeddings=LENGTH,
-            use_cache=False,
-        )
-        self.inner = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation=implementation
-        )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.inner(tokens, labels=tokens).loss
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Next-token loss of a model, or of an engine around one."""
+    if isinstance(getattr(model, "module", model), DeepSpeedModel):
+        return model(tokens)
+    return model(tokens, labels=tokens).loss
 
 
 def initialise(model: nn.Module, ep_rank: int, ep_size: int) -> None:

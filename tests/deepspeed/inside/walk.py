@@ -4,7 +4,8 @@
 
 ``FOLDER/layouts.json`` is a list of layouts: name, model, stage, ep_size, accumulate and, if it has
 to be, dtype and steps. Each is trained with monitors and without. Rank 0 leaves the history in
-``FOLDER/NAME``, every rank its losses in ``FOLDER/NAME.RANK.json``.
+``FOLDER/NAME``, every rank its losses in ``FOLDER/NAME.RANK.json``, and what the views of the
+attention layers read at the end beside the model's own weights.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import nn
 
-from .models import DeepSpeedModel, HuggingFaceModel, batch, initialise
+from mcore_monitors.hosts.deepspeed.describe import describe
+from mcore_monitors.monitors.base import StepState
+from mcore_monitors.views import Replica
+
+from .models import DeepSpeedModel, batch, huggingface_model, initialise, loss_of
 
 #: sequences of a step, whatever the layout
 BATCH = 16
 STEPS = 3
+#: a large eps: steps of nearly equal gradients are nearly equal, whichever order they were added in
+ADAMW = {"lr": 0.01, "eps": 1e-3}
 
 
 def monitors(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
@@ -37,17 +45,26 @@ def monitors(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> list[str]:
-    """Train and return the losses of this rank, exactly."""
+def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> tuple[list[str], Any]:
+    """Train; returns the losses of this rank, exactly, and the engine."""
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     ep_size, accumulate = layout["ep_size"], layout["accumulate"]
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH // world // accumulate,
         "gradient_accumulation_steps": accumulate,
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": ADAMW | {"torch_adam": True}},
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": layout["stage"], "stage3_param_persistence_threshold": 40},
         "steps_per_print": 1_000_000,
     }
+    if layout["model"] == "autoep":
+        _let_autoep_ask_transformers()
+        config["expert_parallel"] = {
+            "enabled": True,
+            "autoep_size": ep_size,
+            "preset_model": "qwen3_moe",
+            "use_grouped_mm": False,
+        }
     if layout.get("dtype") == "bf16":
         config["bf16"] = {"enabled": True}
     if settings is not None:
@@ -57,7 +74,7 @@ def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> list[str]:
     if moe or layout["model"] == "dense":
         model = DeepSpeedModel(ep_size, moe)
     else:
-        model = HuggingFaceModel()
+        model = huggingface_model()
     initialise(model, rank % ep_size, ep_size)
     parameters: Any = list(model.parameters())
     if moe:
@@ -69,11 +86,47 @@ def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> list[str]:
     for step in range(layout.get("steps", STEPS)):
         pieces = batch(step, BATCH).chunk(world * accumulate)
         for micro in range(accumulate):
-            loss = engine(pieces[rank * accumulate + micro])
+            loss = loss_of(engine, pieces[rank * accumulate + micro])
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()).hex())
-    return losses
+    return losses, engine
+
+
+def weights(engine: Any) -> dict[str, Any]:
+    """What the view of the first layer's key projection reads, and the model's own weight."""
+    described = describe(
+        engine.module,
+        device=engine.device,
+        zero_stage=engine.zero_optimization_stage(),
+        replica=Replica(),
+        state=StepState(),
+    )
+    view = min(described.view.attention, key=lambda v: v.layer)
+    read = view.read()[1]
+    module = described.attentions[view.layer]
+    parameters = [module.k_proj.weight, *getattr(module, "k_norm", nn.Module()).parameters()]
+    with deepspeed.zero.GatheredParameters(parameters):
+        weight, *scale = (p.detach().clone() for p in parameters)
+    whole = weight.float().unflatten(0, (-1, module.head_dim))
+    if scale:
+        whole = whole * scale[0].float()[:, None]
+    return {
+        "collective": view.collective,
+        "format": str(read.dtype),
+        "shape": list(read.shape),
+        "off": float((read - whole).abs().max() / whole.abs().max()),
+    }
+
+
+def _let_autoep_ask_transformers() -> None:
+    """DeepSpeed 0.19 asks a registry of transformers 5.23 with a default that it does not take."""
+    from transformers.utils.output_capturing import _CanRecordRegistry
+
+    def get(self: Any, key: Any, default: Any = None) -> Any:
+        return dict.get(self, key if isinstance(key, str) else str(key.__class__), default) or {}
+
+    _CanRecordRegistry.get = get
 
 
 def main() -> None:
@@ -82,11 +135,9 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = deepspeed.comm.get_rank()
     for layout in json.loads((folder / "layouts.json").read_text()):
-        losses = {
-            "with": train(layout, monitors(folder, layout)),
-            "without": train(layout, None),
-        }
-        (folder / f"{layout['name']}.{rank}.json").write_text(json.dumps(losses))
+        watched, engine = train(layout, monitors(folder, layout))
+        result = {"with": watched, "weights": weights(engine), "without": train(layout, None)[0]}
+        (folder / f"{layout['name']}.{rank}.json").write_text(json.dumps(result))
         print("DONE", layout["name"], flush=True)
 
 
