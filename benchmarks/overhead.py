@@ -7,7 +7,9 @@ ten steps, which monitors are on: none, all, each alone, and round again, with t
 settings. A block holds one sample, as a run at interval 10 does. The time of a mode is nine times
 the median of its steps without a sample and once that of its steps with one, over all its blocks,
 and its share (time of the mode) / (time with none) − 1: a machine that slows down for a while slows
-all modes alike, and a single hiccup moves no median. Every fifth sample of the attention updates
+all modes alike, and a single hiccup moves no median. The shares are of the process's CPU time, which
+is what a step takes where each process has a core to itself, and which other work on the machine
+disturbs little; those of wall time, waits for the other process included, stand beside them. Every fifth sample of the attention updates
 compares all windows and costs more: the two kinds have a median each, weighted 4 to 1. The 95%
 interval is from 1,000 bootstrap draws over rounds.
 
@@ -47,7 +49,7 @@ def run(rounds: int, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Train; the first two rounds are left out.
 
     Returns:
-        Seconds of every step [round, mode, step], and what was measured of sharing.
+        Seconds of every step [round, mode, step, (wall, CPU)], and what was measured of sharing.
     """
     import text
     from demo_model import MEGATRON_ARGUMENTS
@@ -84,7 +86,7 @@ def run(rounds: int, folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if code:
         sys.exit(log.read_text()[-3000:])
     result = json.loads(times.read_text())
-    steps = np.array(result["steps"]).reshape(-1, len(MODES), INTERVAL)
+    steps = np.array(result["steps"]).reshape(-1, len(MODES), INTERVAL, 2)
     return steps[2:], result["replicas"]
 
 
@@ -174,13 +176,23 @@ def main() -> None:
         parser.error(f"--rounds: {arguments.rounds} cannot be used; allowed: {SELDOM} or more")
     with tempfile.TemporaryDirectory() as folder:
         steps, measured = run(arguments.rounds, Path(folder))
-    table, ratios = shares(steps), replica_ratios(measured)
-    step = float(block_time(steps[:, 0], full_samples(len(steps))) / INTERVAL)
-    print(f"\none step without monitors: {1000 * step:.1f} ms ({arguments.rounds} blocks a mode)\n")
-    print(f"{'monitors':20}{'share of a step':>18}{'95% interval':>24}")
-    for name, row in table.items():
-        interval = f"{100 * row['low']:.2f}% to {100 * row['high']:.2f}%"
-        print(f"{name.removeprefix('share_'):20}{100 * row['share']:17.2f}%{interval:>24}")
+    ratios = replica_ratios(measured)
+    tables, seconds = {}, {}
+    for clock, column in (("wall", 0), ("cpu", 1)):
+        one = steps[..., column]
+        tables[clock] = shares(one)
+        seconds[clock] = float(block_time(one[:, 0], full_samples(len(one))) / INTERVAL)
+    print(
+        f"\none step without monitors: {1000 * seconds['cpu']:.1f} ms of CPU time, "
+        f"{1000 * seconds['wall']:.1f} ms in all ({arguments.rounds} blocks a mode)\n"
+    )
+    print(f"{'monitors':20}{'share of CPU time':>18}{'95%':>18}{'of wall time':>16}{'95%':>18}")
+    for name in tables["cpu"]:
+        line = f"{name.removeprefix('share_'):20}"
+        for row, width in ((tables["cpu"][name], 18), (tables["wall"][name], 16)):
+            interval = f"{100 * row['low']:.2f} to {100 * row['high']:.2f}%"
+            line += f"{100 * row['share']:{width - 1}.2f}%{interval:>18}"
+        print(line)
     print(
         f"\nattention updates shared over 2 replicas: {ratios['replica_time_ratio']:.2f} of the "
         f"CPU time and {ratios['replica_bytes_ratio']:.2f} of the snapshot bytes of one rank alone "
@@ -188,9 +200,11 @@ def main() -> None:
         f"{1000 * ratios['sample_cpu_seconds_alone']:.1f} ms a sample)"
     )
     if arguments.json:
-        result = {name: row["share"] for name, row in table.items()}
-        result |= ratios | {"shares_with_interval": table, "step_seconds": step}
-        result["steps"] = {mode: steps[:, i].round(5).tolist() for i, mode in enumerate(MODES)}
+        result = {name: row["share"] for name, row in tables["cpu"].items()}
+        result |= ratios | {"shares_with_interval": tables, "step_seconds": seconds}
+        result["cpu_steps"] = {
+            mode: steps[:, i, :, 1].round(5).tolist() for i, mode in enumerate(MODES)
+        }
         result |= {"made_by": made_by()}
         arguments.json.write_text(json.dumps(result) + "\n")
 

@@ -32,7 +32,7 @@ class Switch:
         self.callsites = callsites
         self.on_step, self.on_setup = callsites.on_step, callsites.on_setup
         callsites.on_step, callsites.on_setup = self.step, self.set_up
-        self.seconds: list[float] = []
+        self.seconds: list[tuple[float, float]] = []
         wire, guarded = setup.wire, Runtime.guarded
 
         def wiring(runtime: Any, view: Any, *taps: Any, **more: Any) -> None:
@@ -60,7 +60,7 @@ class Switch:
         self.monitors = [self.course(m) if m is update else m for m in self.monitors]
         self.replicas = Replicas(self.view, update, self.runtime.config)
         self.switch(0)
-        self.last = time.perf_counter()
+        self.last = clocks()
 
     def course(self, update: Any) -> Any:
         """A copy of the attention monitor that has one sample a cycle, ten iterations apart.
@@ -98,11 +98,16 @@ class Switch:
             self.on_step(iteration, *values)
         else:
             self.runtime._arm(iteration + 1)
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
+        now = clocks()
+        self.seconds.append((now[0] - self.last[0], now[1] - self.last[1]))
         if iteration % self.interval == 0:
             self.switch(iteration)
-        self.last = time.perf_counter()
+        self.last = clocks()
+
+
+def clocks() -> tuple[float, float]:
+    """Wall time, and CPU time of this process, in seconds."""
+    return time.perf_counter(), time.process_time()
 
 
 class Replicas:

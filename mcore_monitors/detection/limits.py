@@ -89,7 +89,9 @@ class LimitRule:
 
     def _keep_sizes(self, signal: str, layer: int, sizes: list[float]) -> None:
         layers = self.sizes.setdefault(signal, {})
-        before = layers.get(layer, [math.nan] * len(sizes))
+        before = layers.get(layer, [])
+        if len(before) != len(sizes):  # the first sample, or a history of another model's units
+            before = [math.nan] * len(sizes)
         layers[layer] = [
             new if math.isfinite(new) else old for new, old in zip(sizes, before, strict=True)
         ]

@@ -108,3 +108,27 @@ def test_sizes_are_the_last_finite_values_over_their_limits():
     run_rule([2e-5, math.nan], rule)
     (sizes,) = rule.sizes[SHIFT].values()
     assert sizes[1] == pytest.approx(2.0)
+
+
+def test_a_history_with_another_number_of_units_does_not_stop_the_rule():
+    """After an upgrade a layer may have a reading a query group where it had one a head."""
+    rule = LimitRule(DetectionConfig(), LIMITS)
+    assert run_rule([5e-8], rule) == []
+
+    def sample(iteration: int, values: list[float]) -> Sample:
+        return Sample(
+            iteration=iteration,
+            attempt=0,
+            time=0.0,
+            consumed_samples=0,
+            first_step=0,
+            loss=[],
+            grad_norm=[],
+            learning_rate=None,
+            signals={SHIFT: {3: values}},
+        )
+
+    wide = [5e-8, 5e-8, 5e-8, 2e-3]
+    assert rule.update(sample(20, wide)) == []
+    (alarm,) = rule.update(sample(30, wide))
+    assert (alarm.unit, alarm.onset_iteration) == (3, 20)
