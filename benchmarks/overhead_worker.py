@@ -29,7 +29,7 @@ class Switch:
         from mcore_monitors.hosts.megatron import callsites, setup
         from mcore_monitors.runtime import Runtime
 
-        self.callsites = callsites
+        self.callsites, self.inside = callsites, Inside()
         self.on_step, self.on_setup = callsites.on_step, callsites.on_setup
         callsites.on_step, callsites.on_setup = self.step, self.set_up
         self.seconds: list[tuple[float, float]] = []
@@ -42,7 +42,7 @@ class Switch:
             self.taps = [(tap, list(tap.listeners)) for tap in found]
 
         def with_name(runtime: Any, monitor: Any, call: Any, **how: Any) -> Any:
-            hook = guarded(runtime, monitor, call, **how)
+            hook = self.inside.around(monitor.name, guarded(runtime, monitor, call, **how))
             hook.monitor = monitor.name
             return hook
 
@@ -58,6 +58,9 @@ class Switch:
         #: alone it must find the snapshots of a course of its own
         self.alone = self.course(update)
         self.monitors = [self.course(m) if m is update else m for m in self.monitors]
+        for monitor in (self.alone, *self.monitors):
+            monitor.collect = self.inside.around(monitor.name, monitor.collect, in_step=True)
+            monitor.read = self.inside.around(monitor.name, monitor.read, in_step=True)
         self.replicas = Replicas(self.view, update, self.runtime.config)
         self.switch(0)
         self.last = clocks()
@@ -95,12 +98,15 @@ class Switch:
     def step(self, iteration: int, *values: Any) -> None:
         """Stand where the host calls the monitors."""
         if self.mode != "off":
+            before = time.thread_time()
             self.on_step(iteration, *values)
+            self.inside.on_step += time.thread_time() - before
         else:
             self.runtime._arm(iteration + 1)
         now = clocks()
         self.seconds.append((now[0] - self.last[0], now[1] - self.last[1]))
         if iteration % self.interval == 0:
+            self.inside.end_block()
             self.switch(iteration)
         self.last = clocks()
 
@@ -108,6 +114,45 @@ class Switch:
 def clocks() -> tuple[float, float]:
     """Wall time, and CPU time of this process, in seconds."""
     return time.perf_counter(), time.process_time()
+
+
+class Inside:
+    """CPU time of this thread inside of each monitor and of the call at the end of a step."""
+
+    def __init__(self) -> None:
+        self.hooks: dict[str, float] = dict.fromkeys(MONITORS, 0.0)
+        self.in_step: dict[str, float] = dict.fromkeys(MONITORS, 0.0)
+        self.on_step = 0.0
+        #: a row a block: seconds of each monitor, and of all of monitoring
+        self.blocks: list[dict[str, float]] = []
+        self._depth = 0
+
+    def around(self, name: str, call: Any, *, in_step: bool = False) -> Any:
+        """``call``, timed; ``in_step`` where the call at the end of a step makes it.
+
+        What it calls of the same monitor is not counted twice.
+        """
+        times = self.in_step if in_step else self.hooks
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            before = time.thread_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    times[name] += time.thread_time() - before
+
+        return timed
+
+    def end_block(self) -> None:
+        """Keep what the block took and start anew."""
+        row = {name: self.hooks[name] + self.in_step[name] for name in MONITORS}
+        self.blocks.append(row | {"all": sum(self.hooks.values()) + self.on_step})
+        for times in (self.hooks, self.in_step):
+            times.update(dict.fromkeys(MONITORS, 0.0))
+        self.on_step = 0.0
 
 
 class Replicas:
@@ -177,7 +222,11 @@ def main() -> None:
     script = Path(__file__).resolve().parent.parent / "launch" / "pretrain_gpt.py"
     runpy.run_path(str(script), run_name="__main__")
     if os.environ.get("RANK", "0") == "0":
-        result = {"steps": switch.seconds, "replicas": switch.replicas.result()}
+        result = {
+            "steps": switch.seconds,
+            "inside": switch.inside.blocks,
+            "replicas": switch.replicas.result(),
+        }
         Path(os.environ["MCORE_MONITORS_BENCHMARK"]).write_text(json.dumps(result))
 
 
