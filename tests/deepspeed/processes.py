@@ -29,8 +29,6 @@ def start(module: str, *arguments: str | Path, processes: int) -> tuple[int, str
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "DS_ACCELERATOR": "cpu",
-                # One ninja for all: another version compiles DeepSpeed's operators anew.
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "OMP_NUM_THREADS": "1",
             },
         )

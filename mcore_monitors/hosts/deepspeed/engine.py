@@ -93,6 +93,9 @@ class EngineMonitors:
             # non-expert weights are the same on every rank
             replica=Replica(rank=parallel.rank(), size=parallel.world_size()),
             state=self._state,
+            activation_dtype=(
+                engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None
+            ),
         )
         config = getattr(engine.module, "config", None)
         longest = getattr(config, "max_position_embeddings", None) or _LENGTH
