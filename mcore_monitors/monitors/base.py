@@ -64,5 +64,5 @@ def mean_by_layer(total: torch.Tensor, count: torch.Tensor) -> dict[int, list[fl
         layer number (from 1) to one mean per unit; a unit without a count is NaN.
     """
     mean = total / count
-    seen = (count > 0).any(dim=1)
+    seen = (count != 0).any(dim=1)  # true for NaN: what is broken must not pass as empty
     return {i + 1: mean[i].tolist() for i in range(total.shape[0]) if seen[i]}

@@ -133,9 +133,8 @@ def test_a_dense_model_and_a_wandb_server_that_is_away(tmp_path: Path) -> None:
         "optimizer",
     ]
     assert [s.iteration for s in result.samples] == [2, 4]
-    assert set(result.samples[-1].signals) == {
-        "attention/key_shift",
-        "attention/delta2_effective_rank@2",
-    }
+    read = set(result.samples[-1].signals)
+    assert {"attention/key_shift", "attention/delta2_effective_rank@2"} < read
+    assert not [name for name in read if name.startswith("router/")]
     assert [e["exit_code"] for e in result.kinds("stop")] == [0]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -97,7 +97,7 @@ def test_no_gradient_is_no_reading_and_a_broken_one_is_nan() -> None:
     broken[0, 0] = math.nan
     give(partial(watched.on_router, 2), torch.zeros(4, 8), broken)
     readings = watched.read(reduced([watched], 20))
-    assert readings[ROUTER] == {} or math.isnan(readings[ROUTER][2][0])
+    assert math.isnan(readings[ROUTER][2][0])
     watched.on_router(2, torch.zeros(4, 8))  # frozen: nothing to hook
 
 

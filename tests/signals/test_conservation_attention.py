@@ -153,14 +153,17 @@ def test_key_shift_stays_comparable_where_all_attention_sits_on_one_key():
     """The gradient of the keys vanishes there, its rounding doesn't; the row term's part stays."""
     q, k, v, _ = inputs(torch.float32, groups=H)
     with torch.no_grad():
-        towards = torch.nn.functional.normalize(torch.randn(1, 1, H, d), dim=-1)
+        generator = torch.Generator().manual_seed(5)
+        towards = torch.randn(1, 1, H, d, generator=generator)
+        towards = torch.nn.functional.normalize(towards, dim=-1)
         q += 20 * towards
         k[0] += 12 * towards[0]
     do = torch.ones_like(q)
     dk = torch.autograd.grad(dense(q, k, v), k, do)[0]
     alone = dk.sum(0).norm(dim=-1) / dk.norm(dim=-1).sum(0)
     found = residuals(dense, q, k, v, do)["key_shift"]
-    assert alone.max() > 1e-3
+    # a head whose keys got no gradient at all is 0/0
+    assert alone[alone.isfinite()].max() > 1e-3
     assert found.max() < c.limit("key_shift", torch.float32, S, d)
 
 

@@ -174,7 +174,8 @@ class ConservationMonitor(Monitor):
         evidence = self._directions.add(fields[_BIAS]).tolist()
         shift = readings["attention/key_shift"]
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
-        return readings
+        # what no layer has, as the routers of a dense model, is no reading
+        return {signal: layers for signal, layers in readings.items() if layers}
 
 
 def _runs(places: list[tuple[int, int]]) -> Iterator[tuple[slice, int]]:
