@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from ..monitors.base import StepState
-from ..views import AttentionCall
 
 #: (module, query, key, value, the host's other arguments) -> the host's output
 AttentionKernel = Callable[..., torch.Tensor]
@@ -42,7 +41,7 @@ class Passes:
 
 
 class Tap:
-    """What an observed norm or output layer tells of the micro-batches of sampled steps.
+    """What an observed module tells of the micro-batches of sampled steps.
 
     Attributes:
         listeners: each is called with whatever crosses the border.
@@ -54,7 +53,11 @@ class Tap:
         self.listeners: list[Callable[..., None]] = []
 
     def watches(self) -> bool:
-        """Whether the call in progress is to be told; as for :class:`AttentionTap`."""
+        """Whether the call in progress is to be told.
+
+        On sampled steps only; nothing is kept alive on the others. What is recomputed runs its
+        forward twice and is told once. To be asked once a call.
+        """
         return bool(self.listeners) and self._state.armed and self._passes.counts()
 
     def tell(self, *what: object) -> None:
@@ -89,19 +92,17 @@ class RouterTap:
             listener(logits, padding, **choice)
 
 
-class AttentionTap:
+class AttentionTap(Tap):
     """What an observed core attention tells, and which kernel it runs.
 
     Attributes:
-        listeners: each is called with every micro-batch of a sampled step.
+        listeners: each is called with an :class:`mcore_monitors.views.AttentionCall`.
         safe: the remedy: run this kernel instead of the host's, or None.
         faulty: a drill: run this kernel instead of the host's from ``faulty_from`` on, or None.
     """
 
     def __init__(self, state: StepState) -> None:
-        self._state = state
-        self._passes = Passes(state)
-        self.listeners: list[Callable[[AttentionCall], None]] = []
+        super().__init__(state)
         self.safe: AttentionKernel | None = None
         self.faulty: AttentionKernel | None = None
         self.faulty_from = 0
@@ -113,16 +114,3 @@ class AttentionTap:
         if self.faulty is not None and self._state.iteration >= self.faulty_from:
             return self.faulty
         return None
-
-    def watches(self) -> bool:
-        """Whether the call in progress is to be told.
-
-        On sampled steps only; nothing is kept alive on the others. What is recomputed runs its
-        forward twice and is told once. To be asked once a call.
-        """
-        return bool(self.listeners) and self._state.armed and self._passes.counts()
-
-    def tell(self, call: AttentionCall) -> None:
-        """Hand one micro-batch to every listener."""
-        for listener in self.listeners:
-            listener(call)

@@ -21,6 +21,7 @@ from ...recovery import StartOrder
 from ...runtime import Runtime
 from ...views import Replica
 from ..attach import Progress, attach
+from ..orders import tell_remedy
 from ..refusal import refusing
 from ..wiring import wire
 from .checkpoints import Checkpoints, order_for_all
@@ -130,7 +131,7 @@ class EngineMonitors:
         if order is not None:
             self.apply(order)
             runtime.obey()
-            self.tell_remedy(order, runtime)
+            tell_remedy(order, runtime)
         if self.config.drill is not None:
             start_drill(self.config.drill, self._model, runtime)
         return runtime
@@ -144,18 +145,6 @@ class EngineMonitors:
         if order.remedy.attention == "safe":
             use_safe_attention(self._model)
         self.learning_rate.factor = order.remedy.learning_rate_factor
-
-    @staticmethod
-    def tell_remedy(order: StartOrder, runtime: Runtime) -> None:
-        """Record what is in force from here on."""
-        runtime.event(
-            "remedy",
-            order.iteration,
-            plan_id=order.plan_id,
-            attention=order.remedy.attention,
-            learning_rate_factor=order.remedy.learning_rate_factor,
-            pass_over_samples=order.pass_over_samples,
-        )
 
     def _watched_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import parallel
 from ...config import DrillConfig
 from ...errors import ConfigError, HostError
-from ...messages import say
 from ...runtime import Runtime
 from ..huggingface.kernels import faulty_kernel, safe_kernel, why_not_faulty, why_not_safe
+from ..orders import put_fault
 from .describe import ModuleDescription
 
 
@@ -49,23 +48,8 @@ def start_drill(drill: DrillConfig, model: ModuleDescription, runtime: Runtime) 
         reason = why_not_faulty(model.attentions[layer])
         if reason is not None:
             raise ConfigError("drill.layers", layer, f"layers without {reason}")
-    kernel = faulty_kernel(drill.strength)
-    for layer in layers:
-        tap = model.attentions[layer].mcore_monitors_tap
-        tap.faulty, tap.faulty_from = kernel, drill.from_iteration
-    runtime.event(
-        "drill",
-        drill.from_iteration,
-        fault=drill.fault,
-        strength=drill.strength,
-        layers=layers,
-        from_iteration=drill.from_iteration,
-    )
-    if parallel.rank() == 0:
-        say(
-            f"DRILL: {drill.fault} of strength {drill.strength} in layers {layers} "
-            f"from iteration {drill.from_iteration} on. This run is being damaged on purpose."
-        )
+    taps = [model.attentions[layer].mcore_monitors_tap for layer in layers]
+    put_fault(drill, layers, taps, faulty_kernel(drill.strength), runtime)
 
 
 class LearningRate:

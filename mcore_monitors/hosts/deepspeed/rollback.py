@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ... import parallel
 from ...errors import HostError
 from ...messages import say
+from ..orders import tell_remedy
 from .checkpoints import order_for_all
 
 if TYPE_CHECKING:
@@ -38,4 +39,4 @@ def go_back(ours: EngineMonitors, put_data_back: Callable[[int], None]) -> None:
     put_data_back(ours.engine.global_samples)
     ours.apply(order)
     ours.runtime.gone_back(order.iteration, order.attempt)
-    ours.tell_remedy(order, ours.runtime)
+    tell_remedy(order, ours.runtime)

@@ -17,6 +17,7 @@ from ...recovery import StartOrder
 from ...runtime import Runtime
 from ..attach import Progress, attach
 from ..observed_norm import observe_norm
+from ..orders import put_fault, tell_remedy
 from ..taps import AttentionTap, RouterTap, Tap
 from ..wiring import wire
 from .graphs import captured
@@ -141,14 +142,7 @@ def _obey(
     if factor != 1.0:
         scale_learning_rate(scheduler, factor)
     runtime.obey()
-    runtime.event(
-        "remedy",
-        args.iteration,
-        plan_id=order.plan_id,
-        attention=order.remedy.attention,
-        learning_rate_factor=factor,
-        pass_over_samples=order.pass_over_samples,
-    )
+    tell_remedy(order, runtime)
 
 
 def scale_learning_rate(scheduler: Any, factor: float) -> None:
@@ -167,24 +161,8 @@ def _start_drill(drill: DrillConfig, model: MegatronModel, runtime: Runtime) -> 
     for layer in layers:
         if not 1 <= layer <= model.view.layers:
             raise ConfigError("drill.layers", layer, f"1 to {model.view.layers}")
-    kernel = faulty_kernel(drill.strength)
-    for layer, module in model.attentions.items():
-        if layer in layers:
-            module.mcore_monitors_tap.faulty = kernel
-            module.mcore_monitors_tap.faulty_from = drill.from_iteration
-    runtime.event(
-        "drill",
-        drill.from_iteration,
-        fault=drill.fault,
-        strength=drill.strength,
-        layers=layers,
-        from_iteration=drill.from_iteration,
-    )
-    if parallel.rank() == 0:
-        say(
-            f"DRILL: {drill.fault} of strength {drill.strength} in layers {layers} "
-            f"from iteration {drill.from_iteration} on. This run is being damaged on purpose."
-        )
+    taps = [m.mcore_monitors_tap for n, m in model.attentions.items() if n in layers]
+    put_fault(drill, layers, taps, faulty_kernel(drill.strength), runtime)
 
 
 def _warn_of_graphs(config: Any) -> None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .terms import over_groups, product_sums, ratio_sums
+from .terms import paired_terms, ratio_sums
 
 
 @torch.no_grad()
@@ -44,11 +44,7 @@ def query_key_terms(
         (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], (Σ|K∘dK| + Σ|Q∘dQ|)/2 [B, G]), float32, or float64 for
         float64 inputs.
     """
-    groups = key.shape[2]
-    left, left_scale = product_sums(query, grad_query, (0, 3))
-    right, right_scale = product_sums(key, grad_key, (0, 3))
-    scale = 0.5 * (right_scale + over_groups(left_scale, groups))
-    return over_groups(left, groups) - right, scale
+    return paired_terms(query, grad_query, key, grad_key)
 
 
 @torch.no_grad()

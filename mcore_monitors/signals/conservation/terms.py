@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 _WIDE = (torch.float32, torch.float64)
 
 
@@ -32,6 +31,25 @@ def product_sums(x: Tensor, grad: Tensor, dims: tuple[int, ...]) -> tuple[Tensor
 def over_groups(x: Tensor, groups: int) -> Tensor:
     """[..., H] to [..., G]: sums over the query heads that share a key head."""
     return x if x.shape[-1] == groups else x.unflatten(-1, (groups, -1)).sum(-1)
+
+
+def paired_terms(
+    of_heads: Tensor, grad_of_heads: Tensor, of_groups: Tensor, grad_of_groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ x∘dx on the side of the query heads less that on the side of the key heads, and a scale.
+
+    Args:
+        of_heads, grad_of_heads: [S, B, H, channels], H a multiple of G.
+        of_groups, grad_of_groups: [S, B, G, channels].
+
+    Returns:
+        (difference [B, G], mean of both sides' Σ|x∘dx| [B, G]).
+    """
+    groups = of_groups.shape[2]
+    heads_sum, heads_scale = product_sums(of_heads, grad_of_heads, (0, 3))
+    groups_sum, groups_scale = product_sums(of_groups, grad_of_groups, (0, 3))
+    scale = 0.5 * (groups_scale + over_groups(heads_scale, groups))
+    return over_groups(heads_sum, groups) - groups_sum, scale
 
 
 def ratio_sums(size: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

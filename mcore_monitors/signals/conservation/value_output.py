@@ -34,7 +34,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .terms import over_groups, product_sums, ratio_sums
+from .terms import paired_terms, ratio_sums
 
 
 @torch.no_grad()
@@ -53,11 +53,7 @@ def value_output_terms(
         (⟨O, dO⟩ − ⟨V, dV⟩ [B, G], (Σ|V∘dV| + Σ|O∘dO|)/2 [B, G]), float32, or float64 for
         float64 inputs.
     """
-    groups = value.shape[2]
-    right, right_scale = product_sums(output, grad_output, (0, 3))
-    left, left_scale = product_sums(value, grad_value, (0, 3))
-    scale = 0.5 * (left_scale + over_groups(right_scale, groups))
-    return over_groups(right, groups) - left, scale
+    return paired_terms(output, grad_output, value, grad_value)
 
 
 @torch.no_grad()
