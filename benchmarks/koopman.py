@@ -2,9 +2,9 @@
 
     python benchmarks/koopman.py --workers 2
 
-Trains 216 small transformers on associative recall from a profile at initialization to divergence
-or step 500, and appends a row a run to ``benchmarks/results/koopman_runs.jsonl``. It may be stopped
-at any time; the next start goes on with the runs that are missing. One run takes 5 to 80 seconds on
+Trains 252 small transformers on associative recall from a profile at initialization to divergence
+or step 300, and appends a row a run to ``benchmarks/results/koopman_runs.jsonl``. It may be stopped
+at any time; the next start goes on with the runs that are missing. One run takes 3 to 60 seconds on
 one core.
 """
 

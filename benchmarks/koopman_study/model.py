@@ -12,19 +12,26 @@ from torch import Tensor, nn
 from .task import LENGTH, VOCABULARY
 
 ARCHITECTURES = ("pre_ln", "post_ln", "rms_norm", "no_norm", "deep_norm", "sub_ln")
+#: those whose residual stream is not normalised after a layer, but before the head
+HAVE_FINAL_NORM = ("pre_ln", "rms_norm", "sub_ln")
 #: Standard deviation of weights and embeddings, as in GPT-2.
 STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a model is made of; ``init_scale`` multiplies the initial standard deviation."""
+    """What a model is made of; ``init_scale`` multiplies the initial standard deviation.
+
+    ``final_norm``: whether the stream of the architectures that leave it bare (Pre-LN, RMSNorm,
+    SubLN) is normalised before the head, as in GPT-2. It bounds the logits, whatever the layers do.
+    """
 
     architecture: str
     layers: int = 4
     hidden: int = 128
     heads: int = 4
     init_scale: float = 1.0
+    final_norm: bool = True
 
 
 class Attention(nn.Module):
@@ -88,9 +95,9 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, sizes.hidden)
         self.position = nn.Embedding(LENGTH, sizes.hidden)
         self.blocks = nn.ModuleList([Block(sizes) for _ in range(sizes.layers)])
-        ends_bare = sizes.architecture in ("no_norm", "post_ln", "deep_norm")
         norm = nn.RMSNorm if sizes.architecture == "rms_norm" else nn.LayerNorm
-        self.final = nn.Identity() if ends_bare else norm(sizes.hidden)
+        normed = sizes.final_norm and sizes.architecture in HAVE_FINAL_NORM
+        self.final = norm(sizes.hidden) if normed else nn.Identity()
         self.head = nn.Linear(sizes.hidden, VOCABULARY, bias=False)
         self._initialise(sizes)
 

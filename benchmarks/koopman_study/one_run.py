@@ -35,9 +35,10 @@ class Run:
     init_scale: float
     seed: int
     hidden: int = 128
-    steps: int = 500
+    steps: int = 300
     batch: int = 16
     clip: float | None = None
+    final_norm: bool = False
 
     @property
     def key(self) -> str:
@@ -72,6 +73,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         layers=run.layers,
         hidden=run.hidden,
         init_scale=run.init_scale,
+        final_norm=run.final_norm,
     )
     model = Model(sizes)
     tokens, _ = task.batch(PROFILE_SEQUENCES, torch.Generator().manual_seed(run.seed))
