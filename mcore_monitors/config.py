@@ -88,6 +88,28 @@ class MonitorsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KssConfig:
+    """Koopman spectral shaping: a loss term that changes the training (docs/koopman.md)."""
+
+    #: weight of the term in the loss
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.15
+    #: soft near-unit mass that the layers are pulled to
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.4
+    #: weight of that pull; 0 only brings modes inside of the unit circle
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    #: steepness of the soft borders of the near-unit mass
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
+    #: iterations between shaped ones, counted on absolute iterations
+    interval: Positive = 10
+    #: share of the layers that is shaped at a time, drawn anew each time
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    #: modes of a layer that are looked at, at most the hidden size
+    rank: Annotated[int, Field(ge=2)] = 32
+    #: of the draws
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that can be set."""
 
@@ -107,6 +129,8 @@ class Config:
     console: bool = True
     #: a fault to inject on purpose; for rehearsals only
     drill: DrillConfig | None = None
+    #: shape the layers' spectra with a loss term; null is off
+    kss: KssConfig | None = None
     #: end the run after the first sample and write no checkpoint; ``mcore-monitors check`` sets it
     check: bool = False
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from .recovery import Action, Recovery
 from .sample import Sample
 from .sinks import Sinks, effective_history
 from .steps import StepLog
+
+if TYPE_CHECKING:
+    from .hosts.kss import Shaping
 
 _GO_ON = 0
 #: samples after which a check ends without a finite residual
@@ -70,6 +73,8 @@ class Runtime:
             config.interval, loss=reports_loss, grad_norm=parallel.rank() == 0
         )
         self.state = StepState() if state is None else state
+        #: the loss term of the layers' spectra, where the host has put one on
+        self.shaping: Shaping | None = None
         self._arm(1)
         self._lay_out()
 
@@ -159,9 +164,17 @@ class Runtime:
             consumed_samples: sequences that training has consumed in total.
         """
         self._steps.add(iteration, loss, grad_norm, consumed_samples)
+        if self.shaping is not None:
+            self._agree_on_shaping(iteration)
         if iteration % self.config.interval == 0:
             self._sample(iteration, learning_rate, consumed_samples)
         self._arm(iteration + 1)
+
+    def _agree_on_shaping(self, iteration: int) -> None:
+        for event in self.shaping.on_step(iteration):
+            self.event(event.pop("kind"), iteration, **event)
+            if self.config.strict and "error" in event:
+                raise MonitorsError(f"strict: true, and kss failed: {event['error']}.")
 
     def _sample(self, iteration: int, learning_rate: float | None, consumed: int) -> None:
         start = time.perf_counter()

@@ -55,10 +55,21 @@ SCHEMA = {
     },
     "console": True,
     "drill": None,
+    "kss": None,
     "check": False,
 }
 #: Sections that are empty by default, written out.
 DRILL = {"fault": "attention_row_term", "strength": 0.003, "layers": [], "from_iteration": 600}
+KSS = {
+    "alpha": 0.15,
+    "gamma": 0.4,
+    "beta": 1.0,
+    "temperature": 20.0,
+    "interval": 10,
+    "share": 0.5,
+    "rank": 32,
+    "seed": 0,
+}
 REMEDY = {"attention": "keep", "learning_rate_factor": 1.0, "pass_over": 0}
 CAUSES = (
     "attention_numerics",
@@ -112,6 +123,7 @@ def test_sections_that_are_empty_by_default_are_frozen() -> None:
 def test_all_defaults_can_be_written_out() -> None:
     assert from_dict(SCHEMA) == from_dict({"run_dir": "runs/x"})
     assert from_dict(SCHEMA | {"drill": DRILL}).drill.layers == []
+    assert asdict(from_dict({"run_dir": "runs/x", "kss": {}}).kss) == KSS
 
 
 def test_shipped_configurations_load() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mcore_monitors.config import KssConfig
+from mcore_monitors.hosts.kss import Shaping
+from mcore_monitors.monitors.base import StepState
 from mcore_monitors.signals.koopman import profile
 
 from . import task
@@ -63,8 +66,10 @@ def profile_features(model: Model, tokens: torch.Tensor) -> dict[str, float]:
     return row
 
 
-def carry_out(run: Run) -> dict[str, Any]:
-    """Train one model and return everything that the study records about it."""
+def carry_out(
+    run: Run, kss: KssConfig | None = None, *, profiled: bool = True
+) -> dict[str, Any]:
+    """Train one model, shaped or not, and return everything that the study records about it."""
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     generator = torch.Generator().manual_seed(10_000 + run.seed)
@@ -77,14 +82,24 @@ def carry_out(run: Run) -> dict[str, Any]:
     )
     model = Model(sizes)
     tokens, _ = task.batch(PROFILE_SEQUENCES, torch.Generator().manual_seed(run.seed))
-    row: dict[str, Any] = dataclasses.asdict(run) | profile_features(model, tokens)
+    row: dict[str, Any] = dataclasses.asdict(run)
+    if profiled:
+        row |= profile_features(model, tokens)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
     )
+    step_state = StepState()
+    if kss is not None:
+        shaping = Shaping(
+            kss, range(run.layers), step_state, torch.device("cpu"), scale=lambda _: 1.0
+        )
+        for layer, block in enumerate(model.blocks):
+            shaping.attach(layer, block, run.hidden)
     losses: list[float] = []
     norms: list[float] = []
     diverged_at = None
     for step in range(1, run.steps + 1):
+        step_state.iteration = step
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate * min(1.0, step / WARMUP)
         tokens, answers = task.batch(run.batch, generator)

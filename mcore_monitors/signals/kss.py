@@ -9,9 +9,8 @@ residual stream (:mod:`.koopman`),
 a penalty on modes outside the unit circle and a pull of the soft near-unit mass m towards γ.
 
 Gradients go through the eigenvalues into the operator and through it into the layer's output and
-input. They do not go through the whitening, which only fixes the units: it is taken from the
-snapshot as a constant, as batch statistics are in an evaluation. The paper does not say which; with
-the gradient of the whitening the term could be lowered by inflating the covariance.
+input, its statistics included: eigenvalues of a fitted map do not depend on the units of the
+stream, so nothing is gained by inflating a covariance.
 """
 
 from __future__ import annotations
@@ -50,38 +49,58 @@ class _EigenvaluesOf(torch.autograd.Function):
         return (inverse.mH @ (gradient.unsqueeze(-1) * vectors.mH)).real
 
 
-def operator_of(x: Tensor, y: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """The map from x to y compressed to ``rank`` random directions, differentiable in both.
+def directions(width: int, rank: int, generator: torch.Generator) -> Tensor:
+    """[width, rank] random orthonormal directions, float32 on the generator's device."""
+    probe = torch.randn(width, rank, generator=generator, device=generator.device)
+    return torch.linalg.qr(probe).Q
 
-    In whitened coordinates A = Σ^(−1/2) C_yx C_xx⁻¹ Σ^(1/2) with C the covariances and
-    Σ = C_xx + ridge; in the basis Q of ``rank`` random orthonormal directions, QᵀAQ. Only
-    [N, rank] and [D, rank] products carry gradients.
+
+def moments_of(x: Tensor, y: Tensor, along: Tensor) -> Tensor:
+    """The sums over tokens that the fitted map needs, differentiable in x and y.
+
+    Sums of parts of the tokens add up to the sum of all of them.
 
     Args:
-        x, y: [N, D] residual stream before and after a layer.
-        rank: number of modes, at most D.
-        generator: draws the directions.
+        x, y: [..., D] residual stream before and after a layer, any float format.
+        along: [D, r] of :func:`directions`.
 
     Returns:
-        [rank, rank] in float32 or wider.
+        [1 + 2r + 2r²] float64: the number of tokens, Σs and Σ s x'ᵀ with x' = Rᵀx, y' = Rᵀy and
+        s = (x', y'). Only [tokens, r] products are made.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(dtype), y.to(dtype)
-    x = x - x.mean(0)
-    y = y - y.mean(0)
-    with torch.no_grad():
-        covariance = (x.mT @ x / x.shape[0]).double()
-        values, vectors = torch.linalg.eigh(covariance)
-        values = values.clamp(min=0.0) + RIDGE
-        probe = torch.randn(x.shape[1], rank, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(probe.to(x.device)).Q
-        inner = vectors.mT @ basis
-        right = (vectors @ (inner * values.rsqrt()[:, None])).to(dtype)
-    seen_x, seen_y = x @ right, y @ right
-    gram = seen_x.mT @ seen_x
+    rank = along.shape[1]
+    seen = torch.cat([_seen(x, along), _seen(y, along)], dim=1)
+    count = seen.new_full((1,), seen.shape[0])
+    return torch.cat([count, seen.sum(0), (seen.mT @ seen[:, :rank]).flatten()])
+
+
+def _seen(states: Tensor, along: Tensor) -> Tensor:
+    # in float32: autocast would make bfloat16 products of it
+    with torch.autocast(states.device.type, enabled=False):
+        return (states.flatten(0, -2).float() @ along).double()
+
+
+def operator_from(moments: Tensor, rank: int) -> Tensor:
+    """The map from x to y compressed to ``rank`` random directions of the stream.
+
+    C_y'x' C_x'x'⁻¹ with C the covariances along the directions: similar to QᵀAQ, where
+    A = Σ^(−1/2) C_yx Σ^(−1/2) is the map in whitened coordinates and Q spans Σ^(1/2) R. So directions
+    are drawn in proportion to the stream's variance, and with ``rank`` = D the eigenvalues are
+    those of the whole map.
+
+    Args:
+        moments: of :func:`moments_of`.
+
+    Returns:
+        [rank, rank] float64.
+    """
+    count, mean, product = moments[0], moments[1 : 1 + 2 * rank], moments[1 + 2 * rank :]
+    mean = mean / count
+    covariance = product.view(2 * rank, rank) / count - mean[:, None] * mean[None, :rank]
+    gram, cross = covariance[:rank], covariance[rank:]
     ridge = RIDGE * gram.diagonal().mean().detach()
-    eye = torch.eye(rank, dtype=dtype, device=x.device)
-    return torch.linalg.solve(gram + ridge * eye, seen_x.mT @ seen_y).mT
+    eye = torch.eye(rank, dtype=moments.dtype, device=moments.device)
+    return torch.linalg.solve(gram + ridge * eye, cross.mT).mT
 
 
 def shaping_loss(
@@ -90,7 +109,7 @@ def shaping_loss(
     """The term of one layer, before its weight α.
 
     Args:
-        operator: [..., r, r] of :func:`operator_of`.
+        operator: [..., r, r] of :func:`operator_from`.
         beta: weight of the pull on the soft near-unit mass.
         gamma: where the mass is pulled to, from 0 to 1.
         temperature: T, steepness of the soft borders.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mcore_monitors.signals.koopman import decompose, whiten
-from mcore_monitors.signals.kss import operator_of, shaping_loss
+from mcore_monitors.signals.kss import directions, moments_of, operator_from, shaping_loss
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -21,6 +21,11 @@ def literal(operator: torch.Tensor, beta: float, gamma: float, t: float = 20.0) 
         total += torch.sigmoid(t * (m - 1.05)) * torch.log1p(torch.exp(m - 1.05)) ** 2
         near.append(torch.sigmoid(t * (m - 0.90)) * torch.sigmoid(t * (1.05 - m)))
     return total + beta * (torch.stack(near).mean() - gamma) ** 2
+
+
+def fitted(x: torch.Tensor, y: torch.Tensor, rank: int) -> torch.Tensor:
+    along = directions(x.shape[1], rank, torch.Generator().manual_seed(0))
+    return operator_from(moments_of(x, y, along), rank)
 
 
 def test_the_formula() -> None:
@@ -61,10 +66,32 @@ def test_the_operator_has_the_profiles_eigenvalues() -> None:
     """With all directions it is the whitened map itself, up to the ridge."""
     x, matrix = normal(300, 10), normal(10, 10, seed=1) / 3
     y = x @ matrix.T + 0.1 * normal(300, 10, seed=2)
-    operator = operator_of(x, y, 10, torch.Generator().manual_seed(0))
+    operator = fitted(x, y, 10)
     ours = torch.linalg.eigvals(operator).abs().sort().values
     profiled = decompose(*whiten(x, y)).eigenvalues.abs().sort().values
     assert torch.allclose(ours, profiled, atol=1e-3)
+
+
+def test_fewer_directions_compress_the_whitened_map() -> None:
+    """Against QᵀAQ in whitened coordinates, Q spanning Σ^(1/2) R."""
+    x = normal(400, 12) @ normal(12, 12, seed=4) + 3.0
+    y = x @ normal(12, 12, seed=1).T / 3 + 0.1 * normal(400, 12, seed=2)
+    ours = torch.linalg.eigvals(fitted(x, y, 4)).abs().sort().values
+    values, vectors = torch.linalg.eigh((x - x.mean(0)).T @ (x - x.mean(0)) / 400)
+    root = vectors * values.sqrt() @ vectors.T
+    along = directions(12, 4, torch.Generator().manual_seed(0)).double()
+    basis = torch.linalg.qr(root @ along).Q
+    white_x, white_y = whiten(x, y, ridge=0.0)
+    operator = white_y.T @ white_x / 400
+    expected = torch.linalg.eigvals(basis.T @ operator @ basis).abs().sort().values
+    assert torch.allclose(ours, expected, rtol=1e-3)
+
+
+def test_sums_of_parts_are_the_sum_of_all() -> None:
+    x, y = normal(6, 50, 8), normal(6, 50, 8, seed=1)
+    along = directions(8, 5, torch.Generator().manual_seed(0))
+    parts = moments_of(x[:2], y[:2], along) + moments_of(x[2:], y[2:], along)
+    assert torch.allclose(parts, moments_of(x, y, along), rtol=1e-6)
 
 
 def test_descent_brings_modes_inside() -> None:
@@ -73,7 +100,9 @@ def test_descent_brings_modes_inside() -> None:
     optimizer = torch.optim.SGD([matrix], lr=0.05)
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
-        loss = shaping_loss(operator_of(x, x @ matrix.T, 10, generator), beta=0.0, gamma=0.4)
+        along = directions(10, 10, generator)
+        operator = operator_from(moments_of(x, x @ matrix.T, along), 10)
+        loss = shaping_loss(operator, beta=0.0, gamma=0.4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
