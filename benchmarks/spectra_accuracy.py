@@ -26,7 +26,12 @@ import torch
 from torch import Tensor
 
 from mcore_monitors.signals.spectra import effective_rank
-from mcore_monitors.signals.update_spectra import UpdateGrams, UpdateSpectra, spectra_from_grams
+from mcore_monitors.signals.update_spectra import (
+    Gram,
+    UpdateGrams,
+    UpdateSpectra,
+    spectra_from_grams,
+)
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -90,10 +95,11 @@ def in_tf32(x: Tensor) -> Tensor:
 def grams(w: Weights, product: Callable[[Tensor], Tensor]) -> tuple[UpdateGrams, float]:
     """Gram matrices by a product, and the CPU seconds of the product."""
     wq, wk, wq_new, wk_new = (x.double() for x in w)
-    a, b = torch.cat([wq_new - wq, wq], 1), torch.cat([wk, wk_new - wk], 1)
+    a, b = torch.cat([wq_new - wq, wq], 1), torch.cat([wk_new - wk, wk], 1)
     start = time.process_time()
-    pair = UpdateGrams(product(a), product(b))
-    return pair, time.process_time() - start
+    made = product(a), product(b)
+    spent = time.process_time() - start
+    return UpdateGrams(*(Gram.of_whole(gram, update_first=True) for gram in made)), spent
 
 
 def float32_eigenvalues(pair: UpdateGrams) -> UpdateSpectra:

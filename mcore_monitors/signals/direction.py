@@ -110,11 +110,13 @@ def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z: z are the leading eigenvectors of the small product, and
     Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z. Needs no weights, so many windows may go through one call.
     """
-    key = grams.key.repeat_interleave(grams.query.shape[0] // grams.key.shape[0], dim=0)
-    length = grams.query.diagonal(dim1=1, dim2=2).sqrt()
+    query, key = grams.query.whole(update_first=True), grams.key.whole(update_first=False)
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+    length = query.diagonal(dim1=1, dim2=2).sqrt()
     divisor = torch.where(length > 0, length, 1.0)
-    # Rows of A in unit length, see update_spectra; unit trace against underflow.
-    query = grams.query / (divisor[:, :, None] * divisor[:, None, :])
+    # Rows of A in unit length, so that small ΔW rows and large W rows stand on one scale, as the
+    # rows of B do after it; unit trace against underflow.
+    query = query / (divisor[:, :, None] * divisor[:, None, :])
     key = _unit_trace(key * (length[:, :, None] * length[:, None, :]))
     finite = (query.isfinite() & key.isfinite()).flatten(1).all(1)[:, None, None]
     query, key = torch.where(finite, query, 0.0), torch.where(finite, key, 0.0)

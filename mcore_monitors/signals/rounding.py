@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from .update_spectra import UpdateGrams
+from .update_spectra import Gram, UpdateGrams
 
 #: Halvings of the search for σ: 2⁻²⁴ of the first bracket.
 _HALVINGS = 24
@@ -96,12 +96,17 @@ def without_rounding(grams: UpdateGrams, query: Tensor, key: Tensor) -> UpdateGr
         grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`.
         query, key: [H, d], [G, d], of :func:`rounding_energy`.
     """
-    d = query.shape[-1]
-    cleaned = grams.query.clone(), grams.key.clone()
-    cleaned[0][:, :d, :d] -= torch.diag_embed(query)
-    cleaned[1][:, d:, d:] -= torch.diag_embed(key)
-    sizes = (gram.diagonal(dim1=1, dim2=2).sqrt() for gram in grams)
-    return UpdateGrams(*map(_nearest_gram, cleaned, sizes))
+    sides = (grams.query, query, True), (grams.key, key, False)
+    return UpdateGrams(*(_cleaned(*side) for side in sides))
+
+
+def _cleaned(gram: Gram, energy: Tensor, update_first: bool) -> Gram:
+    whole = gram.whole(update_first=update_first)
+    cleaned = gram._replace(update=gram.update - torch.diag_embed(energy))
+    nearest = _nearest_gram(
+        cleaned.whole(update_first=update_first), whole.diagonal(dim1=1, dim2=2).sqrt()
+    )
+    return Gram.of_whole(nearest, update_first=update_first)
 
 
 def _nearest_gram(matrix: Tensor, size: Tensor) -> Tensor:

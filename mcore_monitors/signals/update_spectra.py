@@ -14,12 +14,13 @@ size. A projection is [H, d, D]: its rows are head channels. Query head h uses k
 
 No [D, D] matrix is ever formed. Two Gram matrices of size 2d hold everything:
 
-    A = [ΔW_q; W_q],   A Aᵀ = [ΔW_q ΔW_qᵀ  ·; ·  ·]
-    B = [W_k; ΔW_k],   B Bᵀ = [·  ·; ·  ΔW_k ΔW_kᵀ]
+    A = [ΔW_q; W_q],   A Aᵀ = [ΔW_q ΔW_qᵀ  ΔW_q W_qᵀ;  ·  W_q W_qᵀ]
+    B = [W_k; ΔW_k],   B Bᵀ = [W_k W_kᵀ  ·;  ΔW_k W_kᵀ  ΔW_k ΔW_kᵀ]
 
-Δ2 = Aᵀ B has as squared singular values the eigenvalues of (A Aᵀ)(B Bᵀ), Δ3 those of the product of
-the two blocks written out, and ΔW_q and ΔW_k those of one block each. With A Aᵀ = L Lᵀ the first is
-the symmetric Lᵀ (B Bᵀ) L, and the leading block of the same L is the factor that Δ3 needs.
+each symmetric, so three [d, d] blocks are formed of either (:class:`Gram`). Δ2 = Aᵀ B has as
+squared singular values the eigenvalues of (A Aᵀ)(B Bᵀ), Δ3 those of the product of the two blocks
+ΔW ΔWᵀ, and ΔW_q and ΔW_k those of one block each. With A Aᵀ = Uᵀ U, U upper triangular, the first
+is the symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the factor that Δ3 needs.
 """
 
 from __future__ import annotations
@@ -33,17 +34,49 @@ from torch import Tensor
 
 #: Bytes of a widened piece of weights. A call over all heads of a large model must not hold a
 #: widened copy of all its weights; on a CPU a piece that stays in the cache is also faster.
-_PIECE_BYTES = {"cpu": 2 * 2**20}
+_PIECE_BYTES = {"cpu": 2**20}
 _PIECE_BYTES_ELSEWHERE = 256 * 2**20
+
+#: Elements after each widened row. Rows whose distance is a power of two fall on the same few lines
+#: of the cache: without the gap the products take a twentieth longer on a CPU.
+_GAP = 64
+
+
+class Gram(NamedTuple):
+    """Gram matrices of [ΔW; W] in blocks, float64, with W the old weight [n, d, D]."""
+
+    update: Tensor
+    """[n, d, d], ΔW ΔWᵀ."""
+    cross: Tensor
+    """[n, d, d], ΔW Wᵀ."""
+    weight: Tensor
+    """[n, d, d], W Wᵀ."""
+
+    def whole(self, *, update_first: bool) -> Tensor:
+        """[n, 2d, 2d]: X Xᵀ for X = [ΔW; W], or for [W; ΔW]."""
+        if update_first:
+            rows = [self.update, self.cross], [self.cross.mT, self.weight]
+        else:
+            rows = [self.weight, self.cross.mT], [self.cross, self.update]
+        return torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
+
+    @classmethod
+    def of_whole(cls, whole: Tensor, *, update_first: bool) -> Gram:
+        """The blocks of :meth:`whole`."""
+        d = whole.shape[1] // 2
+        first, second = whole[:, :d, :d], whole[:, d:, d:]
+        if update_first:
+            return cls(first, whole[:, :d, d:], second)
+        return cls(second, whole[:, d:, :d], first)
 
 
 class UpdateGrams(NamedTuple):
-    """Gram matrices of what a head's queries and keys were and became, float64."""
+    """Gram matrices of what a head's queries and keys were and became."""
 
-    query: Tensor
-    """[H, 2d, 2d], of [ΔW_q; W_q]."""
-    key: Tensor
-    """[G, 2d, 2d], of [W_k; ΔW_k]."""
+    query: Gram
+    """n = H."""
+    key: Gram
+    """n = G."""
 
 
 class UpdateSpectra(NamedTuple):
@@ -104,10 +137,14 @@ def update_grams(
     """The two Gram matrices, in one pass over the weights; arguments as :func:`update_spectra`."""
     check_shapes(wq_old, wk_old, wq_new, wk_new)
     with _no_reduced_precision() if gram_dtype == torch.float32 else nullcontext():
-        return UpdateGrams(
-            _gram(wq_old, wq_new, gram_dtype, update_first=True),
-            _gram(wk_old, wk_new, gram_dtype, update_first=False),
-        )
+        return UpdateGrams(_gram(wq_old, wq_new, gram_dtype), _gram(wk_old, wk_new, gram_dtype))
+
+
+@torch.no_grad()
+def stacked_grams(old: Tensor, new: Tensor, heads: int) -> UpdateGrams:
+    """As :func:`update_grams` in float64, for queries and keys in one tensor [H + G, d, D]."""
+    sides = (block.tensor_split([heads]) for block in _gram(old, new, torch.float64))
+    return UpdateGrams(*(Gram(*blocks) for blocks in zip(*sides, strict=True)))
 
 
 @torch.no_grad()
@@ -121,12 +158,14 @@ def spectra_from_grams(
         gram_dtype: precision in which the Gram matrices were made.
     """
     query, key = grams
-    heads, d = query.shape[0], query.shape[-1] // 2
-    factor, length = _factor(query, gram_dtype)
-    small = factor[:, :d, :d]
-    update = _scaled(key[:, d:, d:], length[:, :d])
-    singles = torch.cat([small.mT @ update @ small, query[:, :d, :d], key[:, d:, d:]])
-    delta2 = factor.mT @ _scaled(key, length) @ factor
+    heads = len(query.update)
+    first, delta2 = _delta2(grams, gram_dtype)
+    singles = torch.empty(
+        2 * heads + len(key.update), *first.shape[1:], dtype=first.dtype, device=first.device
+    )
+    torch.bmm(first @ _of_heads(key.update, heads), first.mT, out=singles[:heads])
+    singles[heads : 2 * heads] = query.update
+    singles[2 * heads :] = key.update
     d3, q, k = _eigenvalues_of(singles).tensor_split([heads, 2 * heads])
     return UpdateSpectra(_eigenvalues_of(delta2), d3, q, k)
 
@@ -134,8 +173,7 @@ def spectra_from_grams(
 @torch.no_grad()
 def delta2_spectrum(grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64) -> Tensor:
     """Δ2 alone of :func:`spectra_from_grams`: squared singular values [H, 2d]."""
-    factor, length = _factor(grams.query, gram_dtype)
-    return _eigenvalues_of(factor.mT @ _scaled(grams.key, length) @ factor)
+    return _eigenvalues_of(_delta2(grams, gram_dtype)[1])
 
 
 def check_shapes(wq_old: Tensor, wk_old: Tensor, wq_new: Tensor, wk_new: Tensor) -> None:
@@ -171,84 +209,113 @@ def _no_reduced_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _gram(old: Tensor, new: Tensor, dtype: torch.dtype, *, update_first: bool) -> Tensor:
-    """X Xᵀ [n, 2d, 2d] in float64 for X = [ΔW; W] or [W; ΔW], with W the old weight."""
+def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
+    """Gram matrices of [ΔW; W], W the old weight."""
     n, d, hidden = old.shape
     limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
     step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
-    gram = torch.empty(n, 2 * d, 2 * d, dtype=dtype, device=old.device)
+    step = next(size for size in range(step, 0, -1) if n % size == 0)
+    # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
+    upper = torch.empty(n, d, 2 * d, dtype=dtype, device=old.device)
+    lower = torch.empty(n, d, d, dtype=dtype, device=old.device)
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
-    buffer = torch.empty(step, 2 * d, hidden, dtype=dtype, device=old.device)
-    for start in range(0, n, step):
-        piece = slice(start, min(start + step, n))
-        x = buffer[: piece.stop - start]
-        first, second = x[:, :d], x[:, d:]
-        update, weight = (first, second) if update_first else (second, first)
-        weight.copy_(old[piece])
-        update.copy_(new[piece]).sub_(weight)
-        torch.bmm(first, x.mT, out=gram[piece, :d])
-        torch.bmm(second, second.mT, out=gram[piece, d:, d:])
-    # The lower left block is the transposed upper right: a quarter of the work saved.
-    gram[:, d:, :d] = gram[:, :d, d:].mT
-    return gram.double()
+    both = torch.empty(step, 2 * d, hidden + _GAP, dtype=dtype, device=old.device)[:, :, :hidden]
+    update, weight = both[:, :d], both[:, d:]
+    both_t, weight_t = both.mT, weight.mT
+    pieces = (tensor.split(step) for tensor in (old, new, upper, lower))
+    for before, now, first, second in zip(*pieces, strict=True):
+        weight.copy_(before)
+        update.copy_(now).sub_(weight)
+        torch.bmm(update, both_t, out=first)
+        torch.bmm(weight, weight_t, out=second)
+    upper = upper.double()
+    return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
 
 
-def _factor(gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Lower Cholesky factor of a Gram matrix with its rows brought to unit length, and the lengths.
+def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Leading block [H, d, d] of U, and U (B Bᵀ) Uᵀ [H, 2d, 2d], which has Δ2's eigenvalues.
 
-    Δ2 = Σ_r a_r b_rᵀ over the rows of A and B does not change when a_r is divided and b_r
-    multiplied by the same number. Rows of A come in unit length: the small ΔW rows and the large W
-    rows then stand side by side on one scale, as the rows of B do after it. NaN where it is not
-    finite.
+    Of the second only the upper triangle is filled in.
     """
-    length = gram.diagonal(dim1=1, dim2=2).sqrt()
-    inverse = torch.where(length > 0, 1 / length, 1.0)  # a row without an update stays zero
-    unit = (gram * inverse[:, :, None]).mul_(inverse[:, None, :])
+    query, key = grams
+    heads, d = query.update.shape[:2]
     # A rank-deficient A (an update of rank one, D < 2d) has eigenvalues that round-off makes
-    # negative, seen down to −n·eps/3 of the GEMM's format and a few n·eps of this one; Cholesky
-    # needs them lifted over zero.
-    n = gram.shape[1]
-    lift = n * (torch.finfo(dtype).eps + 4 * torch.finfo(gram.dtype).eps)
-    unit.diagonal(dim1=1, dim2=2).add_(lift)
-    return _cholesky(unit), length
+    # negative, seen down to −n·eps/3 of the GEMM's format and a few n·eps of this one, with rows of
+    # unit length; Cholesky needs them lifted over zero.
+    lift = 2 * d * (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float64).eps)
+    first, still = _factor(query.update, query.update, lift)
+    across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
+    rest = torch.baddbmm(query.weight, across.mT, across, alpha=-1)
+    last, absent = _factor(rest, query.weight, lift)
+    first.diagonal(dim1=1, dim2=2).sub_(still)
+    last.diagonal(dim1=1, dim2=2).sub_(absent)
+
+    update, cross, weight = (_of_heads(block, heads) for block in key)
+    left = torch.baddbmm(first @ weight, across, cross)
+    right = torch.baddbmm(first @ cross.mT, across, update)
+    delta2 = torch.empty(heads, 2 * d, 2 * d, dtype=left.dtype, device=left.device)
+    torch.baddbmm(left @ first.mT, right, across.mT, out=delta2[:, :d, :d])
+    torch.bmm(right, last.mT, out=delta2[:, :d, d:])
+    torch.bmm(last @ update, last.mT, out=delta2[:, d:, d:])
+    return first, delta2
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor [n, m, m]; NaN where the matrix is not positive or not finite.
+def _of_heads(block: Tensor, heads: int) -> Tensor:
+    """Each head's own: [heads, d, d] from one a group."""
+    repeats = heads // len(block)
+    return block if repeats == 1 else block.repeat_interleave(repeats, dim=0)
+
+
+def _factor(matrix: Tensor, of: Tensor, lift: float) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of matrices [n, d, d], lifted by so much of the diagonal of ``of``.
+
+    Relative to each row, because rows of ΔW and of W are of very unlike size. NaN on the diagonal
+    where a matrix is not positive or not finite. A row that has none but zeros gets a one on its
+    diagonal, to be taken off again: the second answer, [n, d].
+    """
+    diagonal = of.diagonal(dim1=1, dim2=2)
+    empty = (diagonal == 0).double()
+    lifted = matrix.clone()
+    lifted.diagonal(dim1=1, dim2=2).add_(diagonal, alpha=lift).add_(empty)
+    factor, failed = _cholesky(lifted)
+    factor.diagonal(dim1=1, dim2=2).masked_fill_(failed[:, None], torch.nan)
+    return factor, empty
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor [n, m, m], and where there is none [n].
 
     Block by block, because MKL takes ten times as long for m = 128 as for m = 64.
     """
     m = matrix.shape[1]
     if m <= 64:
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        return factor.masked_fill_((info != 0)[:, None, None], torch.nan)
+        # Transposed, the same matrix: LAPACK's own layout, which saves a copy.
+        factor, info = torch.linalg.cholesky_ex(matrix.mT, upper=True)
+        return factor, info != 0
     half = m // 2
     factor = torch.zeros_like(matrix)
-    first = _cholesky(matrix[:, :half, :half])
-    across = torch.linalg.solve_triangular(first, matrix[:, :half, half:], upper=False)
+    first, no_first = _cholesky(matrix[:, :half, :half])
+    across = torch.linalg.solve_triangular(first.mT, matrix[:, :half, half:], upper=False)
+    rest = torch.baddbmm(matrix[:, half:, half:], across.mT, across, alpha=-1)
+    last, no_last = _cholesky(rest)
     factor[:, :half, :half] = first
-    factor[:, half:, :half] = across.mT
-    factor[:, half:, half:] = _cholesky(matrix[:, half:, half:] - across.mT @ across)
-    return factor
-
-
-def _scaled(gram: Tensor, length: Tensor) -> Tensor:
-    """[H, n, n]: each head's key Gram matrix [G, n, n], rows and columns times length [H, n]."""
-    length = length.unflatten(0, (gram.shape[0], -1))
-    return (gram[:, None] * length[..., None]).mul_(length[..., None, :]).flatten(0, 1)
+    factor[:, :half, half:] = across
+    factor[:, half:, half:] = last
+    return factor, no_first | no_last
 
 
 def _eigenvalues_of(gram: Tensor) -> Tensor:
-    """Eigenvalues, descending, not below zero; NaN for a matrix that is not finite. Overwrites it.
+    """Eigenvalues, descending, not below zero; NaN for a matrix that is not finite.
 
-    ``eigvalsh`` raises for the whole batch when one matrix is not finite, and squares of tiny
-    updates could underflow in it: it gets matrices of unit trace, and zeros for those that are not
-    finite. No element of a Gram matrix is larger than its trace, which therefore tells.
+    Reads the upper triangle [n, m, m] and may overwrite it. ``eigvalsh`` raises for the whole batch
+    when one matrix is not finite: it gets zeros for those. No element of a Gram matrix is larger
+    than its trace, which therefore tells.
     """
-    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
-    finite = trace.isfinite()
-    scale = torch.where(finite & (trace > 0), trace, 1.0)
-    unit = gram.mul_((1 / scale)[:, None, None]).masked_fill_(~finite[:, None, None], 0.0)
-    values = torch.linalg.eigvalsh(unit).clamp_(min=0).flip(-1).mul_(scale[:, None])
-    return values.masked_fill_(~finite[:, None], torch.nan)
+    broken = ~gram.diagonal(dim1=1, dim2=2).sum(1).isfinite()[:, None]
+    # On a CPU asking costs nothing, and a pass over all matrices is a fortieth of the time.
+    if gram.device.type != "cpu" or broken.any():
+        gram.masked_fill_(broken[:, :, None], 0.0)
+    # Transposed, the upper triangle is the lower one of LAPACK's own layout, which saves a copy.
+    values = torch.linalg.eigvalsh(gram.mT).clamp_(min=0).flip(-1)
+    return values.masked_fill_(broken, torch.nan)
