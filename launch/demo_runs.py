@@ -131,26 +131,40 @@ class Story(ABC):
 
     def _follow(self, process: subprocess.Popen, history: Path, log: Path) -> None:
         """Move the bar along with the history, and pass on what the monitors say."""
-        seen, said = None, 0
+        # a run that branched off begins with samples of another one, which are no progress
+        samples, said, at = _Lines(history), _Lines(log), 0
+        for line in samples.new():
+            at = json.loads(line)["iteration"]
         while True:
             running = process.poll() is None
-            if history.exists():
-                lines = history.read_text().splitlines()
-                iterations = [json.loads(x)["iteration"] for x in lines if x.endswith("}")]
-                start = len(iterations) if seen is None else seen
-                for i in range(start, len(iterations)):
-                    step = iterations[i] - (iterations[i - 1] if i else 0)
-                    self.bar.update(max(0, step))
-                seen = len(iterations)
-            for line in log.read_text(errors="replace")[said:].splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    break
-                said += len(line)
+            for line in samples.new():
+                before, at = at, json.loads(line)["iteration"]
+                self.bar.update(max(0, at - before))
+            for line in said.new():
                 if any(mark in line for mark in _WORTH_SAYING):
                     self.bar.write(line.rstrip())
             if not running:
                 return
-            time.sleep(0.5)
+            time.sleep(1.0)
+
+
+class _Lines:
+    """The lines of a file that grows, each once and when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def new(self) -> list[str]:
+        """Return the lines that are complete since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole, _, _ = file.read().rpartition(b"\n")
+        if not whole:
+            return []
+        self._read += len(whole) + 1
+        return whole.decode(errors="replace").splitlines()
 
 
 def main(story: type[Story], prefix: str, text: str, example: str) -> None:
