@@ -15,9 +15,14 @@ samples, on the transformed scale of :mod:`.transforms`. Why it is built this wa
   would otherwise be learnt as it grows; a memory longer than that alarms when a decaying learning
   rate lets healthy ranks sink. Router signals, watched on both sides, follow the plain median.
 * *A deviating sample is not admitted*, from half the threshold on and on the watched side, so that
-  a slow fault is not taken for the new normal while it grows.
-* *The spread is never below that of its neighbours.* Twenty overlapping windows make a rough
-  spread; where a layer has four or more units, theirs is pooled (the median over the units).
+  a slow fault is not taken for the new normal while it grows. This is asked about the reference's
+  own median, not about the remembered level: after a healthy decline that level lies above most
+  samples, only the highest would be admitted, and the band would narrow around them by itself.
+* *The spread is never below that of its neighbours, nor its usual one.* Twenty overlapping windows
+  make a rough spread; where a layer has four or more units, theirs is pooled (the median over the
+  units). Where the level is remembered, so is the spread: its median over the same memory holds
+  where the last reference happens to be calm. That of a layer's mean is at least what independent
+  units of the layer would give.
 * *The layer's mean is a cell too*, over four or more units on the transformed scale: a fault that
   takes all heads of a layer down a little is out of their common band long before it is out of any
   one head's, whose own wandering is several times as wide.
@@ -83,6 +88,7 @@ class _Layer:
         self.scale = scale_of(self.info.name)
         self.reference = np.full((n, config.reference), np.nan)
         self.medians = np.full((n, _MEMORY * config.reference), np.nan)
+        self.spreads = np.full_like(self.medians, np.nan)
         self.waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self.side = np.zeros(n)
         self.streak = np.zeros(n, dtype=int)
@@ -91,11 +97,16 @@ class _Layer:
         self.calm = np.zeros(n, dtype=int)
         self.raised: dict[int, Alarm] = {}
         self.judged = False
+        #: spread that the units of this layer share; 0 where too few are judged
+        self.pooled = 0.0
+        #: the spread is never below this
+        self.least = self.scale.floor
 
     def forget(self, units: np.ndarray) -> None:
         """Start the reference of ``units`` ([n] bool) anew and end their streaks."""
         self.reference[units] = np.nan
         self.medians[units] = np.nan
+        self.spreads[units] = np.nan
         for _, admitted in self.waiting:
             admitted[units] = False
         for counter in (self.streak, self.away, self.calm):
@@ -103,34 +114,35 @@ class _Layer:
         for unit in np.flatnonzero(units):
             self.raised.pop(int(unit), None)
 
-    def band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (level [n], spread [n], judged [n] bool) of the reference."""
+    def band(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return (level [n], median [n], spread [n], judged [n] bool) of the reference."""
         judged = np.isfinite(self.reference).sum(axis=1) >= LEAST_REFERENCE
         median = _median(self.reference)
         spread = _MAD_TO_SIGMA * _median(np.abs(self.reference - median[:, None]))
-        if judged.sum() >= _LEAST_POOL:
-            spread = np.maximum(spread, np.median(spread[judged]))
-        spread = np.maximum(spread, self.scale.floor)
+        self.pooled = float(np.median(spread[judged])) if judged.sum() >= _LEAST_POOL else 0.0
+        spread = np.maximum(spread, max(self.pooled, self.least))
         if self.info.watch == "both":
-            return median, spread, judged
-        self.medians[:, :-1] = self.medians[:, 1:]
-        self.medians[:, -1] = np.where(judged, median, np.nan)
+            return median, median, spread, judged
+        for memory, now in ((self.medians, median), (self.spreads, spread)):
+            memory[:, :-1] = memory[:, 1:]
+            memory[:, -1] = np.where(judged, now, np.nan)
         best = np.fmax if self.info.watch == "low" else np.fmin
-        return best.reduce(self.medians, axis=1), spread, judged
+        spread = np.fmax(spread, _median(self.spreads))
+        return best.reduce(self.medians, axis=1), median, spread, judged
 
     def update(self, iteration: int, values: np.ndarray) -> Iterator[Alarm]:
         """Judge one sample of this layer (``values`` [n], NaN = no reading), then learn from it."""
         config = self.config
         finite = np.isfinite(values)
         level = self.scale.forward(np.where(finite, values, 1.0))
-        centre, spread, judged = self.band()
+        centre, median, spread, judged = self.band()
         judged &= finite
         self.judged |= bool(judged.any())
-        z = np.zeros(len(values))
-        z[judged] = (level[judged] - centre[judged]) / spread[judged]
+        z, from_median = (
+            np.where(judged, (level - middle) / spread, 0.0) for middle in (centre, median)
+        )
         side = np.sign(z)
-        watched = {"low": side < 0, "high": side > 0}.get(self.info.watch, side != 0)
-        outside = judged & watched & (np.abs(z) > config.threshold / 2)
+        outside = self._strays(z)
         large = np.abs(level - np.where(judged, centre, level)) > self.scale.least
         beyond = outside & large & (np.abs(z) > config.threshold)
 
@@ -144,10 +156,15 @@ class _Layer:
         yield from self._raise(iteration, values, centre, spread, z)
         self._calm_down(judged & ~outside, outside)
 
-        self.waiting.append((level, finite & ~outside))
+        self.waiting.append((level, finite & ~self._strays(from_median)))
         if len(self.waiting) > config.lag:
             self._admit(*self.waiting.popleft())
         self.forget(self.away >= _READAPT * config.reference)
+
+    def _strays(self, z: np.ndarray) -> np.ndarray:
+        """Whether scores [n] lie more than half the threshold off, on the watched side."""
+        far = {"low": -z, "high": z}.get(self.info.watch, np.abs(z))
+        return far > self.config.threshold / 2
 
     def _raise(
         self,
@@ -240,17 +257,28 @@ class BandRule:
                     scale = scale_of(info.name)
                     mean = scale.inverse(float(scale.forward(values).mean()))
                     whole = np.array([mean])
-                    alarms += self._judge(sample.iteration, signal, layer, whole, whole=True)
+                    independent = self._layers[signal, layer, False].pooled / len(values) ** 0.5
+                    alarms += self._judge(
+                        sample.iteration, signal, layer, whole, whole=True, least=independent
+                    )
         return alarms
 
     def _judge(
-        self, iteration: int, signal: str, layer: int, values: np.ndarray, *, whole: bool = False
+        self,
+        iteration: int,
+        signal: str,
+        layer: int,
+        values: np.ndarray,
+        *,
+        whole: bool = False,
+        least: float = 0.0,
     ) -> list[Alarm]:
         key = (signal, layer, whole)
         state = self._layers.get(key)
         if state is None or state.reference.shape[0] != len(values):
             state = _Layer(signal, layer, len(values), self.config, whole=whole)
             self._layers[key] = state
+        state.least = max(least, state.scale.floor)
         alarms = list(state.update(iteration, values))
         if state.judged:
             self.judged.add(base_name(signal))

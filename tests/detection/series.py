@@ -96,3 +96,21 @@ def break_kernel(run: list[Sample], start: int, value: float = 3e-3) -> list[Sam
             for layer in LAYERS:
                 sample.signals[SHIFT][layer] = [value] * HEADS
     return run
+
+
+def declined(seed: int, samples: int = 150) -> list[Sample]:
+    """A healthy run whose effective ranks sink by a fifth after the warm-up and wander from there.
+
+    Sinking as ranks do while a model leaves its first plateau; the wandering, ±5% over thirty
+    samples, is common to the heads of a layer.
+    """
+    generator = np.random.default_rng(seed)
+    run = healthy(seed, samples)
+    at = np.arange(samples)
+    sunk = 0.25 * np.clip((at - 22) / 15, 0.0, 1.0)
+    course = np.log(5.0) - sunk + 0.05 * np.sin(2 * np.pi * (at - 37) / 30)
+    for layer in LAYERS:
+        heads = [np.exp(course + overlapping_noise(generator, samples, 0.12)) for _ in range(HEADS)]
+        for i, sample in enumerate(run):
+            sample.signals[RANK][layer] = [float(head[i]) for head in heads]
+    return run

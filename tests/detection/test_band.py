@@ -16,6 +16,7 @@ from tests.detection.series import (
     RANK,
     break_router,
     collapse,
+    declined,
     healthy,
 )
 
@@ -31,6 +32,16 @@ def test_healthy_runs_with_drift_do_not_alarm():
     # 20 runs × 14 cells × about 115 judged samples: none of 32,000 readings.
     alarms = [alarm for seed in range(20) for alarm in run_rule(healthy(seed))]
     assert alarms == []
+
+
+def test_a_healthy_decline_does_not_narrow_the_band_by_itself():
+    """The remembered level lies above a run that has sunk; its reference must not be the top only.
+
+    Judged from that level for admission, and by the last reference's spread alone, 35 of 40 such
+    runs alarmed, most of them in the layer's mean.
+    """
+    alarmed = [seed for seed in range(100, 120) if run_rule(declined(seed))]
+    assert len(alarmed) <= 2
 
 
 @pytest.mark.parametrize("seed", range(8))
