@@ -49,6 +49,9 @@ class RouterConfig:
     enabled: Enabled = "auto"
     #: tokens that count: ``all`` since the last sample, or those of the ``sampled`` step only
     tokens: Literal["all", "sampled"] = "all"
+    #: what no rule judges (quantiles, load, margin and others) is told at one sample out of this
+    #: many, the first one included; weights and mean entropy at every sample
+    every: Positive = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class ConservationConfig:
     """Conservation residuals of the attention's backward pass."""
 
     enabled: Enabled = "auto"
+    #: look at every sequence and token of each sample, not at some of them in turn; costs more
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,8 @@ class AttentionActivityConfig:
     enabled: Enabled = "auto"
     #: queries of a sequence that are looked at; sequences up to this length are looked at whole
     queries: Positive = 16
+    #: looked at in one sample out of this many, the first one included
+    every: Positive = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KoopmanConfig:
+    """Residual Koopman profile of the layers, now and then."""
+
+    enabled: Enabled = False
+    #: iterations between profiles; a multiple of ``interval``
+    every: Positive = 1000
+    #: modes of a layer; ``full``: as many as channels; ``auto``: full up to hidden size 256, else 32
+    rank: Positive | Literal["auto", "full"] = 32
+    #: tokens of a step that are looked at, at most
+    tokens: Positive = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorsConfig:
     """Which families of signals are watched."""
 
@@ -85,6 +105,7 @@ class MonitorsConfig:
     conservation: ConservationConfig = field(default_factory=ConservationConfig)
     attention_activity: AttentionActivityConfig = field(default_factory=AttentionActivityConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    koopman: KoopmanConfig = field(default_factory=KoopmanConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +124,8 @@ class KssConfig:
     interval: Positive = 10
     #: share of the layers that is shaped at a time, drawn anew each time
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    #: largest norm of the term's gradient by the stream, in that of the loss; null: no bound
+    cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     #: modes of a layer that are looked at, at most the hidden size
     rank: Annotated[int, Field(ge=2)] = 32
     #: of the draws
@@ -133,6 +156,8 @@ class Config:
     kss: KssConfig | None = None
     #: end the run after the first sample and write no checkpoint; ``mcore-monitors check`` sets it
     check: bool = False
+    #: end the run before its first optimizer step; ``mcore-monitors profile`` sets it
+    profile: bool = False
 
     def __post_init__(self) -> None:
         update = self.monitors.attention_update
@@ -147,6 +172,13 @@ class Config:
                     window,
                     f"multiples of interval ({self.interval}), since snapshots are taken there",
                 )
+        koopman = self.monitors.koopman
+        if koopman.enabled is not False and koopman.every % self.interval:
+            raise ConfigError(
+                "monitors.koopman.every",
+                koopman.every,
+                f"a multiple of interval ({self.interval}), since samples are taken there",
+            )
         judged = self.detection.windows
         if judged is None:
             detection = replace(self.detection, windows=default_judged(update.windows))
@@ -218,11 +250,15 @@ def from_dict(data: Any, source: str = "mcore_monitors") -> Config:
         ) from None
 
 
+#: what pydantic calls a type that it tried
+_TRIED = ("bool", "int", "constrained-int", "float", "str", "none")
+
+
 def _place(error: ErrorDetails) -> str:
     """Dotted setting of an error; pydantic puts the tried type of a union behind it."""
     parts = []
     for part in error["loc"]:
-        if part in ("bool", "int", "float", "str", "none") or set("[]") & set(str(part)):
+        if part in _TRIED or set("[]") & set(str(part)):
             break
         parts.append(str(part))
     return ".".join(parts)

@@ -109,6 +109,34 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(carrier.item())
 
 
+class GroupReduce:
+    """Adds a tensor up over one process group, onto one of its ranks.
+
+    For what is too large for the packed buffer and is needed on one rank only.
+
+    Attributes:
+        size: ranks of the group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.size = dist.get_world_size(group) if group is not None else 1
+        self._rank = dist.get_rank(group) if group is not None else 0
+
+    def __call__(self, tensor: torch.Tensor, owner: int) -> bool:
+        """Add up, in place; every rank of the group calls it, in the same order.
+
+        Args:
+            owner: rank in the group that gets the sum; on the others the tensor is undefined then.
+
+        Returns:
+            whether this rank is the owner.
+        """
+        if self.size > 1:
+            dist.reduce(tensor, dist.get_global_rank(self._group, owner), group=self._group)
+        return self._rank == owner
+
+
 class GroupSum:
     """Adds a tensor up over one process group; nothing where the group is one rank.
 

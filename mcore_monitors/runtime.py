@@ -192,7 +192,7 @@ class Runtime:
         self.sinks.sample(sample)
         if self.config.recovery.mode == "rollback":
             decision = parallel.broadcast_code(decision, self._device)
-        if self.config.check and self._is_checked(sample):
+        if self.config.profile or (self.config.check and self._is_checked(sample)):
             decision = EXIT_CHECKED
         self.exit_code = decision or None
         self._steps.clear()

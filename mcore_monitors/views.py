@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from .catalogue.conservation import ATTENTION_RESIDUALS
+from .parallel import GroupReduce
 from .signals.optimizer import AdamStep
 
 
@@ -197,13 +198,7 @@ def arranged(x: torch.Tensor, heads: int, layout: str) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """One call of a normalisation: input and output, tensors of the graph.
-
-    In a block the input also feeds the residual connection, so its gradient is not that of the norm
-    alone. ``x`` is therefore an alias that only the norm was given; or it is the input without its
-    graph, and ``beside`` computes the norm of it once more: a second pass beside the first, to be
-    differentiated with the gradient that the first one gets.
-    """
+    """One call of a normalisation: input and output, tensors of the graph."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -230,6 +225,32 @@ class Conserved:
     channels: int
     #: layers of this rank in which it holds, with (first unit here, number of units here)
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualStream:
+    """The residual stream between layers, and which of its tokens pass through this rank.
+
+    All but ``layers``, ``pieces`` and the replica's rank is the same on every rank.
+    """
+
+    #: channels of a token
+    width: int
+    #: sequences of one step, on all ranks together
+    sequences: int
+    #: sequences of one micro-batch of this rank; it takes them in turn with the other replicas
+    micro_batch: int
+    replica: Replica = field(default_factory=Replica)
+    #: layers whose stream can be read here, by global number
+    layers: tuple[int, ...] = ()
+    #: a sequence is cut into ``pieces_of`` equal pieces, of which this rank holds these, in order;
+    #: none where another rank already shows all that this one holds
+    pieces: tuple[int, ...] = (0,)
+    pieces_of: int = 1
+    #: tokens of a sequence where that is fixed
+    length: int | None = None
+    #: adds up onto one of the ranks that run the same layers
+    onto: GroupReduce = field(default_factory=lambda: GroupReduce(None))
 
 
 @dataclass(kw_only=True)
@@ -259,6 +280,8 @@ class ModelView:
     activity: dict[int, ActivityView] = field(default_factory=dict)
     #: parameters with Adam's state, those of this rank's share
     optimizer: list[OptimizerView] = field(default_factory=list)
+    #: the stream between layers; None where the model shows none
+    residual: ResidualStream | None = None
     #: one sentence for each thing that was found but can't be watched
     left_out: list[str] = field(default_factory=list)
 

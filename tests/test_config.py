@@ -24,10 +24,11 @@ SCHEMA = {
     "strict": False,
     "monitors": {
         "attention_update": {"enabled": "auto", "windows": [10, 50, 200], "snapshots": "device"},
-        "router": {"enabled": "auto", "tokens": "all"},
-        "conservation": {"enabled": "auto"},
-        "attention_activity": {"enabled": "auto", "queries": 16},
+        "router": {"enabled": "auto", "tokens": "all", "every": 5},
+        "conservation": {"enabled": "auto", "whole": False},
+        "attention_activity": {"enabled": "auto", "queries": 16, "every": 5},
         "optimizer": {"enabled": "auto", "every": 4},
+        "koopman": {"enabled": False, "every": 1000, "rank": 32, "tokens": 2048},
     },
     "detection": {
         "warmup": 200,
@@ -57,6 +58,7 @@ SCHEMA = {
     "drill": None,
     "kss": None,
     "check": False,
+    "profile": False,
 }
 #: Sections that are empty by default, written out.
 DRILL = {"fault": "attention_row_term", "strength": 0.003, "layers": [], "from_iteration": 600}
@@ -67,6 +69,7 @@ KSS = {
     "temperature": 20.0,
     "interval": 10,
     "share": 0.5,
+    "cap": 1.0,
     "rank": 32,
     "seed": 0,
 }
@@ -169,7 +172,7 @@ def test_unknown_key(dotted: str, meant: str) -> None:
 
 def test_unknown_key_without_a_near_one_lists_them_all() -> None:
     text = str(refusal(settings("monitors.zzz", 1)))
-    assert "attention_update, conservation, optimizer, router" in text
+    assert "attention_update, conservation, koopman, optimizer, router" in text
     assert "Did you mean" not in text
 
 
@@ -220,6 +223,8 @@ def test_wrong_type(dotted: str, value: Any, allowed: str) -> None:
         ("monitors.attention_update.windows", [], "at least 1"),
         ("monitors.attention_update.windows.0", [0], "greater than 0"),
         ("monitors.attention_update.windows", [50, 25], "multiples of interval (10)"),
+        ("monitors.koopman.rank", "half", "'auto'"),
+        ("monitors.koopman.rank", 0, "greater than 0"),
         ("detection.reference", 11, ">= 12"),
         ("detection.sustain", 0, ">= 1"),
         ("detection.threshold", 0, "> 0"),

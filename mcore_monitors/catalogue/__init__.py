@@ -9,14 +9,21 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from ..windows import window_of
-from . import attention_activity, attention_update, conservation, optimizer, router
+from . import attention_activity, attention_update, conservation, koopman, optimizer, router
 from .info import SignalInfo
 
 #: Frozen: dashboards and recorded runs rely on these names.
 SIGNALS: Mapping[str, SignalInfo] = MappingProxyType(
     {
         info.name: info
-        for family in (conservation, attention_update, router, attention_activity, optimizer)
+        for family in (
+            conservation,
+            attention_update,
+            router,
+            attention_activity,
+            optimizer,
+            koopman,
+        )
         for info in family.SIGNALS
     }
 )

@@ -6,20 +6,18 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 from mcore_monitors.catalogue import SIGNALS, base_name
-from mcore_monitors.catalogue.conservation import NORMS
-from mcore_monitors.cli.child import Children
-from mcore_monitors.cli.settings import OPTIONS, read_settings, with_settings
+from mcore_monitors.catalogue.conservation import EVIDENCE, NORMS
+from mcore_monitors.cli.columns import print_columns
+from mcore_monitors.cli.trial import add_options, trial
 from mcore_monitors.config import MonitorsConfig
 from mcore_monitors.detection.localise import Site, localise
-from mcore_monitors.errors import EXIT_BAD_CONFIG, EXIT_BROKEN, MonitorsError
+from mcore_monitors.errors import EXIT_BROKEN, MonitorsError
 from mcore_monitors.sinks.events import EventReader
 from mcore_monitors.sinks.history import HistoryReader
 from mcore_monitors.sinks.wording import number
@@ -40,8 +38,6 @@ Examples:
   mcore-monitors check -- deepspeed --num_accelerators 8 pretrain_gpt.py --mcore-monitors moe.yaml
   mcore-monitors check --config moe.yaml -- torchrun --nproc-per-node 8 pretrain_gpt.py ...
 """
-#: lines of a failed command's output that are shown
-_TAIL = 25
 
 
 @dataclass(frozen=True)
@@ -80,24 +76,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="mcore-monitors check [options] -- COMMAND ...",
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="settings to use (default: those that COMMAND names, else the defaults)",
-    )
-    parser.add_argument(
-        "--dir",
-        type=Path,
-        metavar="DIR",
-        help="where the run may keep its files meanwhile; on several machines a folder that all "
-        "of them see (default: the system's place for such files)",
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
-    parser.add_argument(
-        "--verbose", action="store_true", help="show what the command prints while it runs"
-    )
-    parser.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,28 +87,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: the settings cannot be used.
         MonitorsError: there is no command, it cannot be started, or nothing was measured.
     """
-    command = args.training[1:] if args.training[:1] == ["--"] else args.training
-    if not command:
-        raise MonitorsError(
-            "check: no command. Give it behind --, for example: mcore-monitors check -- "
-            "deepspeed --num_accelerators 2 train.py --mcore-monitors moe.yaml"
-        )
-    settings = read_settings(command, args.config)
     began = time.time()
-    with tempfile.TemporaryDirectory(prefix="mcore-monitors-check-", dir=args.dir) as folder:
-        run_dir = Path(folder) / "run"
-        command = with_settings(command, for_check(settings, run_dir), Path(folder))
-        code, log = _run(command, Path(folder) / "output.log", show=args.verbose)
-        found = read_findings(run_dir)
-    if found is None:
-        if not args.verbose:
-            sys.stderr.write(log)
-        if code == EXIT_BAD_CONFIG:
-            return code
-        raise MonitorsError(
-            f"check: nothing was measured; the command ended with exit code {code}. "
-            f"{_advice(command)}"
-        )
+    with trial("check", args, for_check) as tried:
+        found = read_findings(tried.run_dir)
+        if found is None:
+            return tried.measured_nothing()
     print_table(found, time.time() - began, sys.stdout)
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(found, time.time() - began), indent=1) + "\n")
@@ -153,26 +116,6 @@ def for_check(settings: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return checked
 
 
-def _run(command: Sequence[str], log: Path, *, show: bool) -> tuple[int, str]:
-    """Run the command; return its exit code and the last of what it printed."""
-    children = Children()
-    with children.forwarding(), log.open("w+") as output:
-        code = children.run(command, None if show else output)
-    if children.stopped_by is not None:
-        raise MonitorsError(f"check: stopped by {children.stopped_by.name}")
-    lines = log.read_text(errors="replace").splitlines(keepends=True)
-    return code, "".join(lines[-_TAIL:])
-
-
-def _advice(command: Sequence[str]) -> str:
-    if not any(word.partition("=")[0] in OPTIONS for word in command):
-        return "Its last lines are above."
-    return (
-        "Its last lines are above. Is the host patched (mcore-monitors patch status), and does "
-        "the run have a step left to do?"
-    )
-
-
 def read_findings(run_dir: Path) -> Findings | None:
     """What the run recorded, or None where no residual was measured."""
     try:
@@ -193,7 +136,7 @@ def read_findings(run_dir: Path) -> Findings | None:
             finite = [unit for unit, value in enumerate(values) if math.isfinite(value)]
             worst = max(finite, key=lambda unit: values[unit], default=None)
             # one sample says little of a direction, unless it says it aloud
-            quiet = signal.endswith("_bias") and worst is not None and values[worst] <= limit
+            quiet = signal in EVIDENCE and worst is not None and values[worst] <= limit
             if worst is not None and not quiet:
                 name = _unit_name(signal, worst, len(values))
                 rows.append(Row(layer, signal, name, values[worst], limit))
@@ -219,13 +162,7 @@ def print_table(found: Findings, seconds: float, out: IO[str]) -> None:
         verdict = "holds" if row.holds else "BROKEN"
         values = (number(row.value), number(row.limit), share, verdict)
         lines.append((str(row.layer), row.signal, row.unit, *values))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    for line in lines:
-        cells = [
-            cell.ljust(width) if i in (1, 2, 6) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip(), file=out)
+    print_columns(lines, out, left=(1, 2, 6))
     for sentence in found.left_out:
         print(f"left out: {sentence}.", file=out)
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())

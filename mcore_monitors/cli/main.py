@@ -7,11 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from mcore_monitors import __version__
-from mcore_monitors.cli import check, launch, patch, report
+from mcore_monitors.cli import check, launch, patch, profile, report
 from mcore_monitors.errors import EXIT_BAD_CONFIG, ConfigError, MonitorsError
 
 #: The subcommands' modules by name, in the order of ``--help``.
-COMMANDS = {"patch": patch, "check": check, "launch": launch, "report": report}
+COMMANDS = {
+    "patch": patch,
+    "profile": profile,
+    "check": check,
+    "launch": launch,
+    "report": report,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from ..monitors.attention_update import AttentionUpdateMonitor
 from ..monitors.base import Monitor, StepState
 from ..monitors.conservation import ConservationMonitor
 from ..monitors.conservation.limits import residual_limits
+from ..monitors.koopman import KoopmanMonitor
 from ..monitors.optimizer import OptimizerMonitor
 from ..monitors.router import RouterMonitor
 from ..parallel import GroupSum
@@ -92,6 +93,17 @@ def build_monitors(
             bool(model.optimizer),
             "Adam whose state can be read",
             lambda: OptimizerMonitor(model, config.interval, wanted.optimizer.every),
+        ),
+        "koopman": (
+            wanted.koopman.enabled,
+            model.residual is not None and bool(model.residual.layers),
+            "layers whose residual stream can be read",
+            lambda: KoopmanMonitor(
+                model,
+                every=wanted.koopman.every,
+                rank=wanted.koopman.rank,
+                tokens=wanted.koopman.tokens,
+            ),
         ),
     }
     monitors = []
@@ -171,6 +183,7 @@ def attach(
         host=host,
         world_size=parallel.world_size(),
         layers=model.layers,
+        hidden_size=None if model.residual is None else model.residual.width,
         monitors=[m.name for m in monitors],
         mode=config.recovery.mode,
         limits=limits,

@@ -17,12 +17,14 @@ def wire(
     routers: Mapping[int, RouterTap],
     norms: Mapping[tuple[int, int], Tap] | None = None,
     outputs: Mapping[int, Tap] | None = None,
+    layers: Mapping[int, Tap] | None = None,
 ) -> None:
     """Let the monitors of a runtime listen, each guarded, so that an error turns it off.
 
     Args:
         model: what the monitors were made of.
-        attentions, routers, outputs: taps of this rank by layer number.
+        attentions, routers, outputs, layers: taps of this rank by layer number; ``layers`` are
+            those of whole layers, told of the residual stream before and after.
         norms: taps of this rank by layer number and place in :data:`mcore_monitors.catalogue.conservation.NORMS`.
     """
     by_name = {m.name: m for m in runtime.monitors}
@@ -36,6 +38,11 @@ def wire(
         hook = runtime.guarded(activity, activity.on_attention)
         for layer in attentions.keys() & model.activity.keys():
             attentions[layer].listeners.append(partial(hook, layer))
+    koopman = by_name.get("koopman")
+    if koopman is not None:
+        hook = runtime.guarded(koopman, koopman.on_layer)
+        for layer, tap in (layers or {}).items():
+            tap.listeners.append(partial(hook, layer))
     if conservation is None:
         return
     conservation.guard = partial(runtime.guarded, conservation)

@@ -57,13 +57,17 @@ class Profile(NamedTuple):
 
 
 @torch.no_grad()
-def whiten(x: Tensor, y: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+def whiten(
+    x: Tensor, y: Tensor, ridge: float = RIDGE, present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Centre both snapshots and multiply them by Σ^(−1/2), Σ = cov(X) + ridge·I.
 
     Args:
         x, y: [..., N, D] before and after the layer, any float format.
         ridge: relative to the unit of X squared, as in the paper; a hidden size larger than the
             number of tokens leaves directions that only the ridge keeps finite.
+        present: [..., N], 1 where a row is a token and 0 where it is empty; None: all are. Empty
+            rows come out as zeros, which no later sum sees; a layer without any is NaN.
 
     Returns:
         (X̃, Ỹ), [..., N, D] float64. A snapshot that is not finite gives NaN throughout its layer
@@ -76,9 +80,16 @@ def whiten(x: Tensor, y: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     finite = (x.isfinite() & y.isfinite()).all((-2, -1), keepdim=True)
     # An eigensolver may not return on NaN, so it is given zeros and the result is struck out.
     x, y = torch.where(finite, x, 0.0), torch.where(finite, y, 0.0)
-    x = x - x.mean(-2, keepdim=True)
-    y = y - y.mean(-2, keepdim=True)
-    covariance = x.mT @ x / x.shape[-2]
+    if present is None:
+        there = torch.ones_like(x[..., :1])
+    else:
+        there = present.unsqueeze(-1).to(x.dtype)
+    count = there.sum(-2, keepdim=True)
+    finite = finite & (count > 0)
+    count = count.clamp(min=1.0)
+    x = (x - (x * there).sum(-2, keepdim=True) / count) * there
+    y = (y - (y * there).sum(-2, keepdim=True) / count) * there
+    covariance = x.mT @ x / count
     values, vectors = torch.linalg.eigh(covariance)
     scale = (values.clamp(min=0.0) + ridge).rsqrt()
     root = (vectors * scale.unsqueeze(-2)) @ vectors.mT

@@ -16,7 +16,12 @@ from .train import Result, train
 
 SETTINGS = {
     "interval": 2,
-    "monitors": {"attention_update": {"windows": [2, 4]}, "optimizer": {"every": 1}},
+    "monitors": {
+        "attention_update": {"windows": [2, 4]},
+        "optimizer": {"every": 1},
+        "conservation": {"whole": True},  # other layouts look at other sequences otherwise
+        "koopman": {"enabled": True, "every": 4, "rank": 16},
+    },
     "detection": {"windows": [2, 4]},  # so that both are compared at every sample
     "drill": {"strength": 0.01, "from_iteration": 3},
     "console": False,
@@ -58,6 +63,7 @@ TOLERANCE = {
             "attention/value_output",
             "attention/query_key",
             "attention/key_shift_bias",
+            "attention/query_key_spread",
             "router/shift",
             "norm/scale",
             "output/vocabulary_shift",
@@ -69,6 +75,22 @@ TOLERANCE = {
     "optimizer/update_weight_ratio": 1e-4,
     "optimizer/adam_update_rms": 1e-4,
     "optimizer/gradient_spike_share": 2e-2,  # a share of few: one element at the edge shows
+    **{
+        f"koopman/{name}": 1e-4
+        for name in (
+            "near_unit",
+            "super_unit",
+            "sub_unit",
+            "spectral_radius",
+            "condition",
+            "kreiss",
+            "nonlinearity",
+            "tokens",
+            "eigenvalue_real",
+            "eigenvalue_imaginary",
+            "mode_residual",
+        )
+    },
     "router/weight_similarity": 1e-4,
     "router/centred_conditioning": 1e-4,
     "router/row_norm_spread": 1e-4,

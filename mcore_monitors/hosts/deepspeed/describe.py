@@ -16,6 +16,7 @@ from torch import nn
 from ...monitors.base import StepState
 from ...views import ActivityView, AttentionView, ModelView, Replica, RouterView
 from ..huggingface.attention import FoundAttention, find_attention
+from ..huggingface.blocks import attention_width, find_blocks
 from ..huggingface.kernels import breaks_key_shift, hides_logits, logit_scale
 from ..huggingface.layers import number_layers
 from ..huggingface.observed_attention import observe_attention, why_not_observed
@@ -38,6 +39,10 @@ class ModuleDescription:
     view: ModelView
     attentions: dict[int, nn.Module] = field(default_factory=dict)
     routers: dict[int, nn.Module] = field(default_factory=dict)
+    #: layer number to the whole layer
+    layers: dict[int, nn.Module] = field(default_factory=dict)
+    #: hidden size; None where it is not the same everywhere
+    width: int | None = None
 
 
 def describe(
@@ -89,6 +94,10 @@ def describe(
         _take_gate(found, gate, numbers[path], replica, state)
     for router in routers:
         _take_router(found, router, numbers[router.path], replica, state)
+    found.layers = find_blocks(module, numbers)
+    widths = {attention_width(a, whole_shape) for a in attentions}
+    widths |= {g.wg.in_features for g in gates.values()}
+    found.width = widths.pop() if len(widths) == 1 else None
     # all ranks read collective views in one order
     view.attention.sort(key=lambda v: v.layer)
     view.routers.sort(key=lambda v: v.layer)

@@ -21,14 +21,17 @@ from ...recovery import StartOrder
 from ...runtime import Runtime
 from ...views import Replica
 from ..attach import Progress, attach
+from ..ending import end_profiled
 from ..orders import tell_remedy
 from ..refusal import refusing
 from ..wiring import wire
 from .checkpoints import Checkpoints, order_for_all
 from .data import data_way
 from .describe import describe
+from .kss import LossScale, shape
 from .remedies import LearningRate, start_drill, use_safe_attention
 from .rollback import go_back
+from .stream import largest_rate, take_stream, tapped_layers
 
 #: sequence length where the model doesn't say; only the bfloat16 limit of the key shift depends on
 #: it, as its power −0.15
@@ -71,11 +74,14 @@ class EngineMonitors:
         if order is not None:
             self.checkpoints.answer = self.checkpoints.load_ordered(order)
         self._state = StepState()
+        self._loss_scale = None if config.kss is None else LossScale(engine)
         self._model = self._describe()
         self.runtime = self._open(order)
         atexit.register(self.runtime.close)
         backward = engine.backward
         engine.backward = self._watched_backward(backward)
+        if config.profile:
+            self._end_before_the_step()
 
     def position(self) -> int:
         """Sequences of the whole run that are behind it, passed-over ones included.
@@ -101,6 +107,7 @@ class EngineMonitors:
         config = getattr(engine.module, "config", None)
         longest = getattr(config, "max_position_embeddings", None) or _LENGTH
         model.view.sequence_length = min(int(longest), _LENGTH)
+        take_stream(model, engine)
         return model
 
     def _open(self, order: StartOrder | None) -> Runtime:
@@ -127,7 +134,10 @@ class EngineMonitors:
             self._model.view,
             {n: m.mcore_monitors_tap for n, m in self._model.attentions.items()},
             {n: m.mcore_monitors_tap for n, m in self._model.routers.items()},
+            layers=tapped_layers(self._model.layers, runtime),
         )
+        if self._loss_scale is not None:
+            runtime.shaping = shape(self.config.kss, self._model, self._state, self._loss_scale)
         if order is not None:
             self.apply(order)
             runtime.obey()
@@ -158,6 +168,8 @@ class EngineMonitors:
             mean = whole * loss.detach().float().mean()
             self._loss = mean if self._loss is None else self._loss + mean
             self._micro_batches += 1
+            if self._loss_scale is not None:
+                self._loss_scale.watch(loss, scale_wrt_gas)
             return backward(loss, retain_graph, scale_wrt_gas, **kwargs)
 
         return watched
@@ -222,6 +234,25 @@ class EngineMonitors:
             )
             return False
         return True
+
+    def _end_before_the_step(self) -> None:
+        """Where the optimizer would take its first step, take the sample and end the process."""
+        engine, step = self.engine, self.engine.step
+
+        def last(*args: Any, **kwargs: Any) -> None:
+            if not engine.is_gradient_accumulation_boundary():
+                step(*args, **kwargs)
+                return
+            self.runtime.on_step(
+                self.runtime.state.iteration,
+                loss=None,
+                grad_norm=None,
+                learning_rate=largest_rate(engine),
+                consumed_samples=engine.global_samples,
+            )
+            end_profiled(self.runtime, engine.device)
+
+        engine.step = last
 
     def on_load(self, load_path: str | None) -> None:
         """The training script loaded a checkpoint: go on from its iteration."""

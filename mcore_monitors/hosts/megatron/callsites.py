@@ -57,7 +57,7 @@ def on_arguments(args: argparse.Namespace) -> None:
     except MonitorsError as error:
         _refuse(error)
     _run.runtime = None
-    if _run.config.check:
+    if _run.config.check or _run.config.profile:
         _only_look(args)
     order = _run.order
     if order is not None:
@@ -66,7 +66,7 @@ def on_arguments(args: argparse.Namespace) -> None:
 
 
 def _only_look(args: argparse.Namespace) -> None:
-    """For a check: nothing of the run is to stay behind."""
+    """For a check or a profile: nothing of the run is to stay behind."""
     args.save = args.save_interval = args.non_persistent_save_interval = None
     args.tensorboard_dir = None
     args.wandb_project = ""

@@ -20,6 +20,7 @@ from .main_weights import MainWeights
 from .observed import is_observed
 from .optimizer_state import optimizer_views
 from .router_weights import router_view
+from .stream import find_layers
 from .weights import attention_views
 
 
@@ -34,6 +35,7 @@ class MegatronModel:
         attentions, routers: global layer number to the observed core attention or router.
         norms: (global layer number, place in ``NORMS``) to a norm that can be watched.
         outputs: the last layer's number to the output layer, where this rank has it.
+        layers: global layer number to the whole layer.
         view: what monitors may see.
     """
 
@@ -50,6 +52,7 @@ class MegatronModel:
         self.view.left_out += left_out
         self.norms = identities.find_norms(chunks, self.view)
         self.outputs = identities.find_outputs(chunks, self.view)
+        self.layers = find_layers(chunks)
         self._vocabulary = identities.vocabulary_group(chunks, self.groups)
 
     @property

@@ -16,15 +16,19 @@ from ...messages import say
 from ...recovery import StartOrder
 from ...runtime import Runtime
 from ..attach import Progress, attach
+from ..ending import end_profiled
+from ..observed_layer import LayerTap, observe_layer
 from ..observed_norm import observe_norm
 from ..orders import put_fault, tell_remedy
 from ..taps import AttentionTap, RouterTap, Tap
 from ..wiring import wire
 from .graphs import captured
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
+from .kss import shape
 from .model import MegatronModel
 from .observed_output import observe_output
 from .router_weights import routing_rule
+from .stream import take_stream
 
 
 def set_up(
@@ -45,6 +49,7 @@ def set_up(
     args = get_args()
     model = MegatronModel(chunks, optimizer)
     model.view.sequence_length = args.seq_length
+    take_stream(model.view, model.layers, model.config, model.groups, args)
     if not parallel.any_rank(bool(model.attentions or model.routers), model.view.device):
         raise HostError(
             "no layer of this model was built from a registered spec, so there is nothing to "
@@ -72,12 +77,35 @@ def set_up(
         vocabulary=model.vocabulary,
     )
     _tap(runtime, model)
+    if config.kss is not None:
+        runtime.shaping = shape(config.kss, model, runtime.state)
     if order is not None:
         _obey(order, args, model, scheduler, runtime)
     if config.drill is not None:
         _start_drill(config.drill, model, runtime)
     _warn_of_graphs(model.config)
+    if config.profile:
+        _end_before_the_step(optimizer, runtime, args, model.view.device)
     return runtime
+
+
+def _end_before_the_step(
+    optimizer: Any, runtime: Runtime, args: Any, device: torch.device
+) -> None:
+    """Where the optimizer would take its first step, take the sample and end the process."""
+
+    def step(*_: Any, **__: Any) -> None:
+        runtime.on_step(
+            runtime.state.iteration,
+            loss=None,
+            grad_norm=None,
+            # the largest of the schedule, not that of the first step of a warm-up
+            learning_rate=args.lr,
+            consumed_samples=args.consumed_train_samples,
+        )
+        end_profiled(runtime, device)
+
+    optimizer.step = step
 
 
 def _check_start(order: StartOrder | None, args: Any) -> None:
@@ -101,7 +129,19 @@ def _tap(runtime: Runtime, model: MegatronModel) -> None:
         {layer: module.mcore_monitors_tap for layer, module in model.routers.items()},
         _tapped(model.norms, observe_norm, runtime),
         _tapped(model.outputs, observe_output, runtime),
+        _tapped_layers(model, runtime),
     )
+
+
+def _tapped_layers(model: MegatronModel, runtime: Runtime) -> dict[int, Tap]:
+    """Give each layer a tap of its own, where its profile is wanted."""
+    koopman = next((m for m in runtime.monitors if m.name == "koopman"), None)
+    if koopman is None:
+        return {}
+    taps = {n: LayerTap(runtime.state, koopman.every) for n in model.view.residual.layers}
+    for number, tap in taps.items():
+        observe_layer(model.layers[number], tap, batch_first=False)
+    return taps
 
 
 def _tapped(
