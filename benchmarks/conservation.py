@@ -2,6 +2,9 @@
 
     python benchmarks/conservation.py --json conservation.json
 
+What a sample looks at is what the monitor looks at by default: one sequence in two or four, some
+tokens, two samples of three (mcore_monitors/monitors/conservation); --whole looks at all of it.
+
 Trains a small language model (benchmarks/conservation_model.py, 16 sequences of 128 bytes of the
 standard library's sources a step) for 300 steps without a fault, then, from that checkpoint and for
 each fault, strength and format, takes ten healthy samples and three faulty ones, two steps apart.
@@ -13,6 +16,8 @@ rows are kept in --work and not run again.
 An alarm is one of two things, at one place and residual:
 
 * size: a unit's residual over its limit (floors.py);
+* spread, of query–key only: over the last 1, 3 or 10 samples its squares are larger than rounding
+  makes them, p below 1e-5 divided by all tests of a sample;
 * direction, of the key shift only: over the last 1, 3 or 10 samples the part along one of the row
   term's directions is one-sided beyond chance, p below 1e-5 divided by all tests of a sample, and
   its mean is at least a quarter of the floor. (The other residuals can be one-sided in a healthy
@@ -60,6 +65,8 @@ WINDOWS = (1, 3, 10)
 LEVEL = 1e-5
 #: A bias below this share of the floor is no fault, however sure.
 LEAST_BIAS = 0.25
+#: what rounding may leave of query–key (root mean square), as a part of the limit
+SPREAD = 0.3
 
 #: fault → (strengths, formats, place, heads)
 ALL = tuple(range(HEADS))
@@ -85,21 +92,32 @@ class Judge:
     """Alarms from readings: sizes at once, directions over windows."""
 
     def __init__(self) -> None:
-        self._windows: dict[tuple[str, int], list[c.DirectionWindow]] = {}
+        self._windows: dict[tuple[str, int], list[c.SampleWindow]] = {}
+        self._spreads: dict[tuple[str, int], c.SampleWindow] = {}
 
     def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
         """Alarms of one sample."""
         found = list(found)
-        tests = len(WINDOWS) * sum(len(r.direction) for r in found if r.direction is not None)
+        directions = sum(len(r.direction) for r in found if r.direction is not None)
+        groups = sum(len(r.direction[0]) for r in found if r.direction is not None)
+        tests = len(WINDOWS) * directions
         alarms = []
+        for place, window in self._spreads.items():  # of places that rest at this sample as well
+            here = [r for r in found if r.place == place and r.spread is not None]
+            window.add(here[0].spread if here else torch.zeros(HEADS, 2))
         for r in found:
             over = [i for i, v in enumerate(r.value) if not v <= r.limit]
             if over:
                 alarms.append(_alarm(r, "size", over))
+            if r.spread is not None:
+                if r.place not in self._spreads:
+                    self._spreads[r.place] = c.SampleWindow(HEADS, 2, max(WINDOWS))
+                    self._spreads[r.place].add(r.spread)
+                alarms += self._spread(r, set(over), math.log(LEVEL / (len(WINDOWS) * groups)))
             if over or r.direction is None:
                 continue
             windows = self._windows.setdefault(
-                r.place, [c.DirectionWindow(len(d), 1, max(WINDOWS)) for d in r.direction]
+                r.place, [c.SampleWindow(len(d), 4, max(WINDOWS)) for d in r.direction]
             )
             for window, sums in zip(windows, r.direction, strict=True):
                 window.add(sums)
@@ -109,6 +127,16 @@ class Judge:
                         alarms.append(_alarm(r, f"direction over {last}", units))
                         break
         return alarms
+
+    def _spread(self, r: Reading, over: set[int], log_level: float) -> list[dict[str, Any]]:
+        window, sigma = self._spreads[r.place], SPREAD * r.limit
+        for last in WINDOWS:
+            sums = window.sums(last)
+            log_p = c.spread_log_p(sums[:, 0], sums[:, 1], sigma)
+            units = [i for i, p in enumerate(log_p.tolist()) if p <= log_level and i not in over]
+            if units:
+                return [_alarm(r, f"spread over {last}", units)]
+        return []
 
     @staticmethod
     def _biased(sums: Tensor, r: Reading, log_level: float) -> list[int]:
@@ -132,21 +160,22 @@ def run_fault(
     fault: Faults,
     place: tuple[str, int],
     units: tuple[int, ...],
+    whole: bool,
 ) -> dict[str, Any]:
     """Ten healthy samples, then three faulty ones; stops at the first alarm."""
     judge, before, first = Judge(), 0, None
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"over_floor_by_residual": {}}
     for sample in range(1 - HEALTHY_BEFORE, FAULTY + 1):
         training.model.faults = fault if sample >= 1 else _remembering(fault)
         training.step()
         _, seen = training.step(sample=True)
-        found = list(readings(seen))
+        found = list(readings(seen, None if whole else HEALTHY_BEFORE + sample))
         alarms = judge.sample(found)
         if sample < 1:
             before += bool(alarms)
             continue
-        if sample == 1:
-            row["over_floor_by_residual"] = over_floor(found, place)
+        # of the first sample that looks at it
+        row["over_floor_by_residual"] = over_floor(found, place) | row["over_floor_by_residual"]
         if alarms:
             first = sample
             row["alarms"] = alarms
@@ -182,11 +211,13 @@ def pytorch_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.permute(2, 0, 1, 3)
 
 
-def run_tie(kernel: Callable[..., Tensor], seed: int, samples: int) -> dict[str, Any]:
+def run_tie(
+    kernel: Callable[..., Tensor], seed: int, samples: int, whole: bool
+) -> dict[str, Any]:
     """A kernel in bfloat16 on tensors with tied maxima, at its border."""
     generator = torch.Generator().manual_seed(seed)
     judge, first = Judge(), None
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"over_floor_by_residual": {}}
     for sample in range(1, samples + 1):
         tensors = attention_inputs("two tied sinks", 256, SEQUENCES, HEADS, DIM, generator)
         q, k, v, do = (x.bfloat16() for x in tensors)
@@ -195,10 +226,11 @@ def run_tie(kernel: Callable[..., Tensor], seed: int, samples: int) -> dict[str,
         o = kernel(q, k, v)
         grads = torch.autograd.grad(o, (q, k, v), do)
         x, g = [t.detach() for t in (q, k, v, o)], [*grads, do]
-        found = list(attention_readings(("attention", 1), x, g))
+        found = list(attention_readings(("attention", 1), x, g, None if whole else sample))
         alarms = judge.sample(found)
-        if sample == 1:
-            row["over_floor_by_residual"] = over_floor(found, ("attention", 1))
+        row["over_floor_by_residual"] = (
+            over_floor(found, ("attention", 1)) | row["over_floor_by_residual"]
+        )
         if alarms and first is None:
             first = sample
             row |= {"alarms": alarms, "site_right": True}
@@ -249,13 +281,15 @@ def started(saved: dict[str, Any], fmt: str, seed: int) -> Training:
     return training
 
 
-def run_healthy(saved: dict[str, Any], fmt: str, seed: int, samples: int) -> dict[str, Any]:
+def run_healthy(
+    saved: dict[str, Any], fmt: str, seed: int, samples: int, whole: bool
+) -> dict[str, Any]:
     """A run without a fault, every step sampled: alarms of each kind and largest sizes."""
     training, judge = started(saved, fmt, seed), Judge()
     sizes, directions, largest = 0, 0, 0.0
-    for _ in range(samples):
+    for sample in range(samples):
         _, seen = training.step(sample=True)
-        found = list(readings(seen))
+        found = list(readings(seen, None if whole else sample))
         alarms = judge.sample(found)
         sizes += any(a["by"] == "size" for a in alarms)
         directions += any(a["by"] != "size" for a in alarms)
@@ -277,10 +311,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "conservation")
     parser.add_argument("--healthy", type=int, default=5, help="healthy runs of each format")
     parser.add_argument("--samples", type=int, default=40, help="samples of a healthy run")
+    parser.add_argument("--whole", action="store_true", help="look at all of each sample")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    saved, kept = checkpoint(arguments.work), Kept(arguments.work / "rows.json")
+    whole = arguments.whole
+    kept = Kept(arguments.work / ("rows_whole.json" if whole else "rows_in_turn.json"))
+    saved = checkpoint(arguments.work)
     rows = []
 
     def done(name: str, strength: float, fmt: str, row: dict[str, Any]) -> None:
@@ -303,32 +340,33 @@ def main() -> None:
                     fault = KernelFault(name, strength, None if heads == ALL else heads)
                     training = started(saved, fmt, seed=101)
                     return run_fault(
-                        training, Faults(attention={1: fault}), ("attention", 1), heads
+                        training, Faults(attention={1: fault}), ("attention", 1), heads, whole
                     )
 
                 done(name, strength, fmt, kept.get(f"{name} {strength} {fmt}", make))
     for name, (fault, place) in OTHER.items():
         for fmt in FORMATS:
-            row = kept.get(
-                f"{name} {fmt}",
-                lambda f=fault, p=place, t=fmt: run_fault(started(saved, t, 101), f, p, (0,)),
-            )
+
+            def make(fault=fault, place=place, fmt=fmt) -> dict[str, Any]:
+                return run_fault(started(saved, fmt, seed=101), fault, place, (0,), whole)
+
+            row = kept.get(f"{name} {fmt}", make)
             done(name, 1 / EXPERTS if place[0] == "router" else 1, fmt, row)
     written_out = partial(flash_attention, scale=DIM**-0.5)
     for name, kernel in (
         ("tie", partial(written_out, fault=KernelFault("tie"))),
         ("tie_in_pytorch_flash", pytorch_flash),
     ):
-        done(name, 2, "bf16", kept.get(name, lambda k=kernel: run_tie(k, 1, FAULTY)))
+        done(name, 2, "bf16", kept.get(name, lambda k=kernel: run_tie(k, 1, FAULTY, whole)))
     healthy = [
         kept.get(
             f"healthy {fmt} {seed} {arguments.samples}",
-            lambda f=fmt, s=seed: run_healthy(saved, f, s, arguments.samples),
+            lambda f=fmt, s=seed: run_healthy(saved, f, s, arguments.samples, whole),
         )
         for fmt in FORMATS
         for seed in range(201, 201 + arguments.healthy)
     ]
-    tied = kept.get("healthy tie", lambda: run_tie(written_out, 2, 30))
+    tied = kept.get("healthy tie", lambda: run_tie(written_out, 2, 30, whole))
     for row in healthy:
         print("healthy", row, flush=True)
     print("tied tensors, right kernel, 30 samples: first alarm", tied["first_sample"])

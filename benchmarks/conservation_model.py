@@ -31,6 +31,7 @@ from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E
 from mcore_monitors.faults.loss import sharded_cross_entropy  # noqa: E402
 from mcore_monitors.faults.norm import norm  # noqa: E402
 from mcore_monitors.faults.router import lose_column  # noqa: E402
+from mcore_monitors.monitors.conservation import ONE_IN, REST, TOKENS  # noqa: E402
 from mcore_monitors.signals import conservation as c  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, DIM, EXPERTS, EPS = 2, 128, 4, 32, 8, 1e-5
@@ -153,7 +154,7 @@ def rotated(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """One residual at one place: its size per unit, and terms for the direction."""
+    """One residual at one place: its size per unit, and terms for evidence over samples."""
 
     residual: str
     place: tuple[str, int]
@@ -162,36 +163,63 @@ class Reading:
     floor: float
     #: of the key shift, sums of :func:`direction_terms` over the sample's sequences: [2, units, 4]
     direction: Tensor | None
+    #: of query–key, sums of squares and numbers of sequences: [units, 2]
+    spread: Tensor | None
 
 
 @torch.no_grad()
 def attention_readings(
-    place: tuple[str, int], tensors: list[Tensor], gradients: list[Tensor]
+    place: tuple[str, int], tensors: list[Tensor], gradients: list[Tensor], turn: int | None = None
 ) -> Iterator[Reading]:
-    """The three attention residuals from (Q, K, V, O) and their gradients, [S, B, H, d] each."""
-    q, k, v, o = tensors
-    dq, dk, dv, do = gradients
-    sizes = (len(k), k.shape[-1], k.dtype)
+    """The three attention residuals from (Q, K, V, O) and their gradients, [S, B, H, d] each.
+
+    Args:
+        turn: number of the sample; the monitor's own choice of sequences is looked at then. None
+            looks at all of them.
+    """
+    sizes = (len(tensors[0]), tensors[1].shape[-1], tensors[1].dtype)
+
+    def some(one_in: int) -> tuple[Tensor, ...]:
+        at = slice(None) if turn is None else slice(turn // REST % one_in, None, one_in)
+        return tuple(x[:, at] for x in (*tensors, *gradients))
+
+    q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/key_shift"])
     signed, scale = c.key_shift_terms(dk, query=q, output=o, grad_output=do)
     along = c.key_shift_along(signed, c.key_shift_directions(q, o, do, k.shape[2]))
     directions = torch.stack([c.direction_terms(x, scale) for x in along]).double()
-    yield _reading("key_shift", place, c.key_shift_from_terms(signed, scale), directions, *sizes)
+    ratio = c.key_shift_from_terms(signed, scale)
+    yield _reading("key_shift", place, ratio, *sizes, direction=directions)
+    if _rests(place, turn):
+        return
+    q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/value_output"])
     ratio = c.value_output_from_terms(*c.value_output_terms(v, dv, o, do))
-    yield _reading("value_output", place, ratio, None, *sizes)
-    ratio = c.query_key_from_terms(*c.query_key_terms(q, dq, k, dk))
-    yield _reading("query_key", place, ratio, None, *sizes)
+    yield _reading("value_output", place, ratio, *sizes)
+    signed, squares = c.query_key_terms(q, dq, k, dk)
+    ratio = c.query_key_from_terms(signed, squares)
+    spread = torch.stack([c.query_key_squares(signed, squares), ratio[1]], dim=-1).double()
+    yield _reading("query_key", place, ratio, *sizes, spread=spread)
+
+
+def _rests(place: tuple[str, int], turn: int | None) -> bool:
+    return turn is not None and place[1] % REST == turn % REST
 
 
 @torch.no_grad()
-def readings(seen: Seen) -> Iterator[Reading]:
+def readings(seen: Seen, turn: int | None = None) -> Iterator[Reading]:
     """All residuals of one sample, from the tensors it showed and their gradients."""
     for place, tensors in seen.items():
         x, g = [t.detach() for t in tensors], [t.grad for t in tensors]
         if place[0] == "attention":
-            yield from attention_readings(place, x, g)
+            yield from attention_readings(place, x, g, turn)
+            continue
+        if _rests(place, turn):
             continue
         if place[0] == "norm":
             residual = "norm_scale"
+            if turn is not None:
+                stride = max(1, x[0].shape[:-1].numel() // TOKENS)
+                at = slice(turn // REST % stride, None, stride)
+                x, g = ([t.flatten(0, 1)[at] for t in some] for some in (x, g))
             terms = c.norm_scale_terms(x[0], g[0], x[1], g[1], eps=EPS, centred=False)
             ratio = c.norm_scale_from_terms(*terms)
         elif place[0] == "router":
@@ -200,17 +228,19 @@ def readings(seen: Seen) -> Iterator[Reading]:
         else:
             residual = "vocabulary_shift"
             ratio = c.vocabulary_shift_from_terms(*c.vocabulary_shift_terms(g[0]))
-        yield _reading(residual, place, ratio, None, len(x[0]), x[0].shape[-1], x[0].dtype)
+        yield _reading(residual, place, ratio, len(tensors[0]), x[0].shape[-1], x[0].dtype)
 
 
 def _reading(
     residual: str,
     place: tuple[str, int],
     ratio: tuple[Tensor, Tensor],
-    direction: Tensor | None,
     length: int,
     size: int,
     dtype: torch.dtype,
+    *,
+    direction: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> Reading:
     return Reading(
         residual=residual,
@@ -219,6 +249,7 @@ def _reading(
         limit=c.limit(residual, dtype, length, size),
         floor=c.floor(residual, dtype, length, size),
         direction=direction,
+        spread=spread,
     )
 
 

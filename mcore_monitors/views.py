@@ -174,6 +174,11 @@ class AttentionCall:
     #: the host's description of packed sequences, or None
     packed: Any = None
 
+    @property
+    def sequences(self) -> int:
+        """Number of sequences; packed ones count as one."""
+        return 1 if self.layout == "thd" else self.query.shape[self.layout.index("b")]
+
     def arranged(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         """A tensor of this call, or its gradient, as [S, B, heads, channels]; a view.
 
@@ -202,7 +207,6 @@ class NormCall:
 
     x: torch.Tensor
     y: torch.Tensor
-    beside: Callable[[torch.Tensor], torch.Tensor] | None = None
     eps: float
     #: True for LayerNorm, False for RMSNorm and L2 norms
     centred: bool

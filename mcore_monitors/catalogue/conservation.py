@@ -6,6 +6,8 @@ from .info import SignalInfo
 
 #: the residuals of an attention kernel
 ATTENTION_RESIDUALS = ("attention/key_shift", "attention/value_output", "attention/query_key")
+#: evidence over several samples, in nats: not a size, so it has a limit of its own
+EVIDENCE = ("attention/key_shift_bias", "attention/query_key_spread")
 #: directions of a biased key shift in the order of their values: an error of the row term that is
 #: alike for all rows, or one that is a share of the row term itself
 BIASES = ("offset", "share")
@@ -73,8 +75,8 @@ SIGNALS = (
     _residual(
         "attention/query_key",
         "query group",
-        "mean over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| over a scale that can't vanish (no unit; "
-        "exactly 0, because the loss sees Q and K through Q Kᵀ only)",
+        "mean over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / √(Σ(Q∘dQ)² + Σ(K∘dK)²) (no unit; exactly 0, "
+        "because the loss sees Q and K through Q Kᵀ only)",
         "Over its limit: dQ and dK were not made from the same dS: a lost block, a ring or "
         "tensor-parallel error, a scale applied once.",
         _ATTENTION,
@@ -88,6 +90,18 @@ SIGNALS = (
         "0: the row term is off by an offset; 1: by a share of itself, as of an O rounded one way.",
         _ATTENTION,
         "own derivation; bound after Pinelis, Ann. Probab. 22 (1994) 1679",
+    ),
+    _residual(
+        "attention/query_key_spread",
+        "query group",
+        "−ln p (nats): p bounds the probability that rounding alone makes the squares of the "
+        "group's query–key residuals, added up over the last 1, 3 or 10 samples, as large as they "
+        "are; 0 where their root mean square is within 1.5 of the format's floors",
+        "Over its limit: dQ and dK differ by more than their rounding, sequence after sequence, "
+        "even where the mean of a sample is within its limit: they were made from slightly "
+        "different dS.",
+        _ATTENTION,
+        "own derivation; Chernoff's bound for χ²",
     ),
     _residual(
         "router/shift",

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mcore_monitors.catalogue import SIGNALS
+from mcore_monitors.catalogue.conservation import EVIDENCE
 from mcore_monitors.errors import ConfigError, nearest
 from mcore_monitors.windows import judged_stride
 
@@ -44,7 +45,7 @@ class DetectionConfig:
     limit: float | dict[str, float] | None = None
     """Limits of the conservation residuals (no unit): residual → limit, by the number format and
     sizes of the run for those that are left out. A number holds for all, except for directions
-    (``*_bias``), which are measured in another way. None: all by format and sizes."""
+    (``attention/key_shift_bias``, ``attention/query_key_spread``), which are measured in another way. None: all by format and sizes."""
     windows: list[int] | None = None
     """Windows of the update spectra that are judged; the others are recorded only. None: in a run's
     settings the one nearest to 50 iterations (a shorter one is noisier, a longer one slower), and
@@ -72,7 +73,7 @@ class DetectionConfig:
         """Return the limit of a residual: as set, else ``given``, that of the run's format."""
         if isinstance(self.limit, dict):
             return self.limit.get(signal, given)
-        if self.limit is None or signal.endswith("_bias"):
+        if self.limit is None or signal in EVIDENCE:
             return given
         return self.limit
 

@@ -13,13 +13,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, BIASES, NORMS
+from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, BIASES, EVIDENCE, NORMS
 
 #: residual → layer → one size a unit: the residual over its limit; NaN where it was not measured
 Sizes = Mapping[str, Mapping[int, Sequence[float]]]
 
 _KEY, _VALUE, _QUERY = ATTENTION_RESIDUALS
-_KEY_BIAS = f"{_KEY}_bias"
+_KEY_BIAS, _QUERY_SPREAD = EVIDENCE
 #: (what is broken, what holds) of each residual, in symbols
 _SYMBOLS = {
     _KEY: ("Σ_j dK_j ≠ 0", "Σ_j dK_j = 0"),
@@ -65,6 +65,11 @@ _ATTENTION = {
         "no gradient of this kernel agrees with its forward pass",
     ),
 }
+#: how a residual is broken of which no single sample is over the limit
+_HIDDEN = {
+    _KEY: "on average, a bias below the limit of a single sample",
+    _QUERY: "by more than rounding leaves, though within the limit of a single sample",
+}
 #: what the direction of a biased key shift says
 _BIASED = {
     "offset": "the row term rowsum(dO∘O) of the softmax backward is biased by an offset",
@@ -106,8 +111,7 @@ class Site:
     size: float
     """The largest broken residual over its limit."""
     hidden: bool
-    """Whether single samples stay within the limit, and only their common direction gives it
-    away."""
+    """Whether single samples stay within the limit, and only several together give it away."""
     where: str
     """``forward``, ``backward`` or ``forward or backward``."""
     fault: str
@@ -125,7 +129,7 @@ class Site:
             place += f", {self.place}"
         symbols = " and ".join(_SYMBOLS[name][0] for name in self.broken)
         if self.hidden:
-            text = f"{place}: {symbols} on average, a bias below the limit of a single sample"
+            text = f"{place}: {symbols} {_HIDDEN[self.broken[0]]}"
         else:
             text = f"{place}: {symbols} at {self.size:.3g} times the limit of the number format"
         if self.holding:
@@ -160,27 +164,34 @@ def _layers(sizes: Sizes, signals: Iterable[str]) -> list[int]:
 
 
 def _attention_sites(sizes: Sizes) -> Iterable[Site]:
-    for layer in _layers(sizes, [*ATTENTION_RESIDUALS, _KEY_BIAS]):
+    for layer in _layers(sizes, [*ATTENTION_RESIDUALS, *EVIDENCE]):
         bias = [_size(sizes, _KEY_BIAS, layer, i) for i in range(len(BIASES))]
-        count = max(len(sizes.get(s, {}).get(layer, ())) for s in ATTENTION_RESIDUALS)
-        patterns: dict[tuple[frozenset[str], frozenset[str]], list[int]] = {}
+        units = (*ATTENTION_RESIDUALS, _QUERY_SPREAD)
+        count = max(len(sizes.get(s, {}).get(layer, ())) for s in units)
+        patterns: dict[tuple[frozenset[str], frozenset[str], bool], list[int]] = {}
         for unit in range(count):
             at = {s: _size(sizes, s, layer, unit) for s in ATTENTION_RESIDUALS}
             broken = frozenset(s for s, x in at.items() if x > 1)
             holding = frozenset(s for s, x in at.items() if x <= 1)
-            patterns.setdefault((broken, holding), []).append(unit)
-        for (broken, holding), units in patterns.items():
+            hidden = not broken
+            if _size(sizes, _QUERY_SPREAD, layer, unit) > 1:
+                broken, holding = broken | {_QUERY}, holding - {_QUERY}
+            patterns.setdefault((broken, holding, hidden), []).append(unit)
+        for (broken, holding, hidden), units in patterns.items():
             if broken:
+                signals = [_QUERY_SPREAD] if hidden else broken
+                found = [_size(sizes, s, layer, u) for s in signals for u in units]
                 yield _attention_site(
                     layer,
                     broken,
                     holding,
                     () if len(units) == count else tuple(units),
-                    max(_size(sizes, s, layer, u) for s in broken for u in units),
+                    max(x for x in found if x == x),
                     bias,
+                    hidden=hidden,
                 )
-        if all(_KEY not in broken for broken, _ in patterns) and any(x > 1 for x in bias):
-            held = {s for _, holding in patterns for s in holding} - {_KEY}
+        if all(_KEY not in broken for broken, *_ in patterns) and any(x > 1 for x in bias):
+            held = {s for _, holding, _ in patterns for s in holding} - {_KEY}
             size = max(x for x in bias if x > 1)
             yield _attention_site(layer, frozenset({_KEY}), held, (), size, bias, hidden=True)
 

@@ -99,6 +99,18 @@ def test_a_bias_below_the_limit_of_a_single_sample(bias, words) -> None:
     assert words in site.fault and not site.hidden
 
 
+def test_query_key_that_only_many_sequences_give_away() -> None:
+    spread = {"attention/query_key_spread": {1: [0.0, 0.1, 3.0, 0.0], 2: [0.0] * 4}}
+    (site,) = localise(sizes() | spread)
+    assert (site.layers, site.units, site.broken, site.hidden) == ((1,), (2,), (QUERY,), True)
+    assert "by more than rounding leaves" in site.sentence and "times" not in site.sentence
+    # where a sample is over its limit as well, its size is said
+    found = sizes() | spread
+    found[QUERY] = {1: [0.1, 0.1, 9.0, 0.1]}
+    (site,) = localise(found)
+    assert (site.broken, site.hidden, site.size) == ((QUERY,), False, 9.0)
+
+
 @pytest.mark.parametrize(
     ("signal", "start", "words"),
     [

@@ -17,7 +17,7 @@ from .train import Result, train
 SETTINGS = {
     "interval": 2,
     "monitors": {
-        "attention_update": {"windows": [2, 4]},
+        "attention_update": {"windows": [2, 4], "every": 1},
         "optimizer": {"every": 1},
         "conservation": {"whole": True},  # other layouts look at other sequences otherwise
         "koopman": {"enabled": True, "every": 4, "rank": 16},

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS
-from mcore_monitors.monitors.conservation import ConservationMonitor
+from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, EVIDENCE
+from mcore_monitors.monitors.conservation import ONE_IN, REST, ConservationMonitor
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import AttentionCall
 
@@ -20,11 +20,12 @@ from .borders import attention, cross, cut
 from .models import CPU, TinyModel, reduced, sample
 
 KEY, VALUE, QUERY = ATTENTION_RESIDUALS
-BIAS = f"{KEY}_bias"
+BIAS, SPREAD = EVIDENCE
 
 
 def made(model: TinyModel | None = None, **view) -> ConservationMonitor:
-    return ConservationMonitor((model or TinyModel()).view(**view), GroupSum(None))
+    """One that looks at every sequence."""
+    return ConservationMonitor((model or TinyModel()).view(**view), GroupSum(None), whole=True)
 
 
 def defined(*micro_batches: dict[str, torch.Tensor]) -> dict[str, list[float]]:
@@ -45,7 +46,9 @@ def defined(*micro_batches: dict[str, torch.Tensor]) -> dict[str, list[float]]:
                 small = one[left] * one[f"d{left}"]
                 large = many[right] * many[f"d{right}"]
                 size = (small.sum((0, 2)) - large.sum((0, 2, 3))).abs()
-                scale = (small.abs().sum((0, 2)) + large.abs().sum((0, 2, 3))) / 2
+                power = 2 if name == QUERY else 1
+                scale = small.abs().pow(power).sum((0, 2)) + large.abs().pow(power).sum((0, 2, 3))
+                scale = scale.sqrt() if name == QUERY else scale / 2
                 found[name].append((size / scale).tolist())
     return {name: torch.tensor(values).mean(0).tolist() for name, values in found.items()}
 
@@ -76,7 +79,7 @@ def test_mean_over_the_sequences_of_all_micro_batches() -> None:
     cross(monitor, 2, second, order=("o", "q", "k", "v"))
     readings = sample([monitor], 10)
     check(readings, 2, defined(first, second))
-    assert all(set(readings[name]) == {2} for name in (*ATTENTION_RESIDUALS, BIAS))
+    assert all(set(readings[name]) == {2} for name in (*ATTENTION_RESIDUALS, *EVIDENCE))
 
 
 def test_the_row_terms_fault_breaks_the_key_shift_alone() -> None:
@@ -240,7 +243,7 @@ def _micro_batches(layer: int) -> list[dict[str, torch.Tensor]]:
 
 def _half_a_sequence_each(rank: int) -> list[dict]:
     """Two context-parallel ranks; the order of their backward passes doesn't matter."""
-    monitor = ConservationMonitor(TinyModel().view(), GroupSum(dist.group.WORLD))
+    monitor = ConservationMonitor(TinyModel().view(), GroupSum(dist.group.WORLD), whole=True)
     packed = Packed(monitor.schema(), CPU)
     readings = []
     for iteration in (10, 20):
@@ -271,3 +274,20 @@ def test_context_parallel_equals_unsharded() -> None:
                     for h in (0, 1)
                 ]
                 assert values != pytest.approx(defined(*halves)[name], rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_some_sequences_in_turn_and_a_layer_rests_once_in_three_samples(batch: int) -> None:
+    monitor, parts = ConservationMonitor(TinyModel().view(), GroupSum(None)), broken(batch=batch)
+    seen = []
+    for turn in range(3 * 4):
+        cross(monitor, 1, parts)
+        readings = sample([monitor], turn)
+        for name in ATTENTION_RESIDUALS:
+            stride = min(ONE_IN[name], batch)
+            some = defined(cut(parts, lambda x, t=turn, n=stride: x[:, t // 3 % n :: n]))
+            if name in readings:
+                assert readings[name][1] == pytest.approx(some[name], rel=1e-3), name
+        assert KEY in readings and (VALUE in readings) is (QUERY in readings)
+        seen.append(QUERY in readings)
+    assert REST == 3 and all(sum(seen[i : i + 3]) == 2 for i in range(10))

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mcore_monitors.catalogue.conservation import NORMS
+from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, EVIDENCE, NORMS
 from mcore_monitors.hosts.observed_norm import norm_form, observe_norm
 from mcore_monitors.hosts.taps import Tap
 from mcore_monitors.monitors.base import StepState
-from mcore_monitors.monitors.conservation import ConservationMonitor
-from mcore_monitors.monitors.conservation.direction import Directions
+from mcore_monitors.monitors.conservation import REST, TOKENS, ConservationMonitor
+from mcore_monitors.monitors.conservation.evidence import Directions, Spread
 from mcore_monitors.monitors.conservation.limits import residual_limits, smallest_bias
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import Conserved, ModelView
@@ -30,6 +30,7 @@ ROUTER, OUTPUT, SCALE, SHIFT = (
     "norm/scale",
     "norm/shift",
 )
+SPREAD = EVIDENCE[1]
 
 
 def view() -> ModelView:
@@ -44,7 +45,7 @@ def view() -> ModelView:
 
 
 def monitor(vocabulary: GroupSum | None = None) -> ConservationMonitor:
-    return ConservationMonitor(view(), GroupSum(None), vocabulary)
+    return ConservationMonitor(view(), GroupSum(None), vocabulary, whole=True)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -157,9 +158,12 @@ class CarelessRMSNorm(nn.Module):
         return _Careless.apply(x)
 
 
-def built(norm: nn.Module) -> tuple[Residual, ConservationMonitor, StepState]:
+def built(
+    norm: nn.Module, *, whole: bool = True
+) -> tuple[Residual, ConservationMonitor, StepState]:
     torch.manual_seed(0)
-    block, watched, state = Residual(norm), monitor(), StepState(iteration=10, armed=True)
+    block, state = Residual(norm), StepState(iteration=10, armed=True)
+    watched = ConservationMonitor(view(), GroupSum(None), whole=whole)
     tap = Tap(state)
     tap.listeners.append(partial(watched.on_norm, 2, NORMS.index("pre-MLP")))
     observe_norm(block.norm, tap)
@@ -242,18 +246,47 @@ def test_of_many_tokens_some_are_looked_at_and_all_in_turn() -> None:
     class OneTokenOffRMSNorm(CarelessRMSNorm):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             right = nn.functional.rms_norm(x, (16,), eps=self.eps)
-            # the copy that is looked at has fewer tokens: mark the token by its values
             odd = (x[..., :1] > 50).to(x.dtype)
             return odd * super().forward(x) + (1 - odd) * right
 
-    block, watched, _ = built(OneTokenOffRMSNorm())
-    x = normal(4 * 128, 1, 16)
+    block, watched, _ = built(OneTokenOffRMSNorm(), whole=False)
+    x = normal(4 * TOKENS, 1, 16)
     x[6, 0, 0] = 100.0
     seen = []
-    for _ in range(4):
+    for turn in range(4 * REST):
         block(x.clone().requires_grad_()).square().sum().backward()
-        seen.append(sample([watched], 10)[SCALE][2][1] > 1e-5)
-    assert seen == [False, False, True, False]
+        values = sample([watched], 10).get(SCALE)
+        if values is not None and values[2][1] > 1e-5:
+            seen.append(turn)
+    # the third of four sets of tokens; at one of its three samples the norm rests
+    assert seen == [7, 8]
+
+
+def test_the_input_may_go_into_a_norm_by_many_ways_and_elsewhere_too() -> None:
+    """The parts of the norm's gradient are added up, and nothing else is: leaf or not."""
+
+    class LongRMSNorm(nn.Module):
+        eps = 1e-5
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            square = (x * x).mean(-1, keepdim=True)
+            return (x.double() / (square + self.eps).sqrt().double()).float()
+
+    for leaf in (True, False):
+        block, watched, _ = built(LongRMSNorm())
+        x = normal(6, 2, 16).requires_grad_()
+        block(x if leaf else x * 1).square().sum().backward()
+        assert sample([watched], 10)[SCALE][2][1] < 1e-6
+
+
+def test_a_check_looks_at_every_token() -> None:
+    block, watched, _ = built(CarelessRMSNorm())
+    x = normal(4 * TOKENS, 1, 16).requires_grad_()
+    before = block.norm(x * 1)
+    before.square().sum().backward()
+    every = reduced([watched], 10)[SCALE]
+    dx = 2 * before.detach() * torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + 1e-5)
+    assert every[1, 1, 1].item() > (x.detach() * dx).abs().sum().item()
 
 
 def test_a_norm_that_hands_the_residual_on_is_left_alone() -> None:
@@ -332,10 +365,40 @@ def test_the_monitor_gives_evidence_of_a_wrong_row_term() -> None:
         assert set(readings["attention/key_shift_bias"]) == {1}
 
 
+def test_the_monitor_gives_evidence_of_two_scores_in_one_kernel() -> None:
+    """One group's dK is too long by a little: not a sample's size says so, but its spread does."""
+    model = view()
+    for name in ATTENTION_RESIDUALS:
+        model.conserved[name].dtype = torch.bfloat16
+    limits = residual_limits(model)
+    for off in (0.0, 0.02):
+        watched = ConservationMonitor(model, GroupSum(None))
+        for step in range(3):
+            parts = attention(seed=step, batch=32, length=64, channels=16, dtype=torch.bfloat16)
+            parts["dk"][:, :, 1] *= 1 + off
+            cross(watched, 1, parts)
+            readings = sample([watched], step)
+        evidence = [x / limits[SPREAD] for x in readings[SPREAD][1]]
+        assert evidence[0] == 0 and (evidence[1] > 1) is (off > 0), evidence
+        assert all(x < limits[ATTENTION_RESIDUALS[2]] for x in readings[ATTENTION_RESIDUALS[2]][1])
+
+
+def test_the_spread_forgets_and_passes_over_what_is_broken() -> None:
+    watched = Spread(1, 2, sigma=1.0)
+    loud = torch.tensor([[[90.0, 10.0], [0.0, 0.0]]], dtype=torch.float64)
+    evidence = watched.add(loud)[0]
+    assert evidence[0] > 20 and math.isnan(evidence[1])
+    assert watched.add(loud * math.nan).isnan().all()
+    quiet = torch.tensor([[[5.0, 10.0], [0.0, 0.0]]], dtype=torch.float64)
+    assert watched.add(quiet)[0, 0] > 10  # the loud one is among the last three
+    watched.clear()
+    assert watched.add(quiet)[0, 0] == 0
+
+
 def test_limits_follow_the_format_and_need_a_sequence_length() -> None:
     model = view()
     fine = residual_limits(model)
-    assert set(fine) == {*model.conserved, "attention/key_shift_bias"}
+    assert set(fine) == {*model.conserved, *EVIDENCE}
     model.conserved["attention/key_shift"].dtype = torch.bfloat16
     coarse = residual_limits(model)
     assert coarse["attention/key_shift"] > 10 * fine["attention/key_shift"]

@@ -90,7 +90,7 @@ def test_no_sequence_is_no_evidence():
 
 
 def test_window_forgets_and_looks_back():
-    window = c.DirectionWindow(2, 1, samples=3)
+    window = c.SampleWindow(2, 4, samples=3)
     samples = [sums(normal(4, 2, 1, seed=i)).double() for i in range(5)]
     for i, sample in enumerate(samples):
         window.add(sample)
@@ -100,3 +100,22 @@ def test_window_forgets_and_looks_back():
         torch.testing.assert_close(window.sums(2), sum(kept[-2:]))
     window.clear()
     assert not window.sums().any()
+
+
+@pytest.mark.parametrize("rounding", ["normal", "even"])
+def test_the_level_of_a_spread_is_kept(rounding):
+    """4,000 healthy windows of 12 residuals that leave exactly what they may."""
+    r = normal(12, 4000)
+    if rounding == "even":  # as the error of one rounding
+        r = 2 * 3**0.5 * (torch.rand(12, 4000, generator=torch.Generator().manual_seed(0)) - 0.5)
+    log_p = c.spread_log_p(r.square().sum(0), torch.full((4000,), 12.0), 1.0)
+    for level in (0.2, 0.05, 0.01):
+        assert (log_p.exp() <= level).double().mean() <= level
+
+
+def test_a_spread_over_what_rounding_leaves_is_evidence_whatever_its_signs():
+    r = 3 * normal(16, 1)
+    count = torch.tensor(16.0)
+    assert c.spread_log_p(r.square().sum(), count, 1.0) < math.log(1e-10)
+    assert c.spread_log_p(r.square().sum(), count, 4.0) == 0
+    assert c.spread_log_p(torch.tensor(0.0), torch.tensor(0.0), 1.0) == 0

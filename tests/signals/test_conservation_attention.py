@@ -74,7 +74,7 @@ def test_terms_by_loop():
     dq, dk, dv = (torch.randn_like(x) for x in (q, k, v))
     o = torch.randn_like(do)
     signed, scale = c.value_output_terms(v, dv, o, do)
-    other, other_scale = c.query_key_terms(q, dq, k, dk)
+    other, squares = c.query_key_terms(q, dq, k, dk)
     _, key_scale = c.key_shift_terms(dk, query=q, output=o, grad_output=do, softmax_scale=0.3)
     for b in range(B):
         for g in range(G):
@@ -87,8 +87,8 @@ def test_terms_by_loop():
             kdk = k[:, b, g] * dk[:, b, g]
             qdq = [q[:, b, h] * dq[:, b, h] for h in heads]
             torch.testing.assert_close(other[b, g], sum(x.sum() for x in qdq) - kdk.sum())
-            sizes = kdk.abs().sum() + sum(x.abs().sum() for x in qdq)
-            torch.testing.assert_close(other_scale[b, g], sizes / 2)
+            sizes = kdk.square().sum() + sum(x.square().sum() for x in qdq)
+            torch.testing.assert_close(squares[b, g], sizes)
             row = sum(
                 (q[i, b, h].norm() * (o[i, b, h] * do[i, b, h]).norm())
                 for h in heads
@@ -141,12 +141,14 @@ def test_loss_scale_cancels_and_empty_sequences_do_not_count(name):
 def test_float16_gradients_below_its_normal_numbers_have_an_absolute_error():
     x, tiny = torch.ones(4, 1, 1, 2), torch.finfo(torch.float16).tiny
     small = torch.full((4, 1, 1, 2), tiny / 64).half()
-    _, scale = c.query_key_terms(x.half(), small, x.half(), small)
-    assert scale.item() == pytest.approx(8 * tiny)
-    _, scale = c.query_key_terms(x, small.float(), x, small.float())
-    assert scale.item() == pytest.approx(8 * tiny / 64)
-    _, scale = c.query_key_terms(x.half(), 0 * small, x.half(), 0 * small)
-    assert scale.item() == 0
+    for terms, power in ((c.value_output_terms, 1), (c.query_key_terms, 2)):
+        elements = 8 if power == 1 else 16  # value–output's scale is a mean of both sides
+        _, scale = terms(x.half(), small, x.half(), small)
+        assert scale.item() == pytest.approx(elements * tiny**power)
+        _, scale = terms(x, small.float(), x, small.float())
+        assert scale.item() == pytest.approx(elements * (tiny / 64) ** power)
+        _, scale = terms(x.half(), 0 * small, x.half(), 0 * small)
+        assert scale.item() == 0
 
 
 def test_key_shift_stays_comparable_where_all_attention_sits_on_one_key():

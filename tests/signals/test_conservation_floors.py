@@ -17,7 +17,7 @@ def test_limits_are_frozen():
     assert bf16 == {
         "key_shift": pytest.approx(2.5e-3),
         "value_output": pytest.approx(2.0e-3 / 2**0.5),
-        "query_key": pytest.approx(1.5e-3 / 2**0.5),
+        "query_key": pytest.approx(1.6e-2),
         "router_shift": pytest.approx(6e-3),
         "vocabulary_shift": pytest.approx(6e-3),
         "norm_scale": pytest.approx(3.5e-3),

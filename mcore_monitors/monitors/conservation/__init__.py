@@ -3,12 +3,13 @@
 Six identities of backpropagation, each zero for a right kernel up to rounding whatever the data or
 the weights (:mod:`mcore_monitors.signals.conservation`), taken from tensors at the border of
 attention, norms, routers and the output layer. Beside the size of the key shift its signed
-direction is added up over the last samples, where rounding cancels and a bias does not.
+direction is added up over the last samples, where rounding cancels and a bias does not; beside the
+size of query–key its square, against what rounding can leave of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,10 @@ from ...signals.conservation import (
     direction_terms,
     key_shift_along,
     key_shift_from_terms,
+    norm_scale_terms,
+    norm_shift_terms,
     query_key_from_terms,
+    query_key_squares,
     router_shift_terms,
     value_output_from_terms,
     vocabulary_shift_terms,
@@ -27,11 +31,21 @@ from ...signals.conservation import (
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
 from ..base import Monitor, Readings, mean_by_layer
 from .border import AttentionBorder, Guard, NormBorder
-from .direction import Directions
-from .limits import smallest_bias
+from .evidence import Directions, Spread
+from .limits import largest_spread, smallest_bias
+from .rows import AlikeRows
 from .terms import PendingTerms, Terms
 
-_BIAS = "attention/key_shift_bias"
+_BIAS, _SPREAD = "attention/key_shift_bias", "attention/query_key_spread"
+_KEY_SHIFT, _, _QUERY_KEY = ATTENTION_RESIDUALS
+#: one sequence of so many is looked at. A bias of the key shift far below the floor shows over many
+#: only; the size of the others says enough
+ONE_IN = dict(zip(ATTENTION_RESIDUALS, (2, 4, 4), strict=True))
+#: tokens of a call of a norm that are looked at, at least; up to twice as many
+TOKENS = 16
+#: a place rests at one sample of so many: any three in a row look at it twice, which is what an
+#: alarm takes. Not the key shift, whose evidence lives by the number of sequences
+REST = 3
 _FROM_TERMS = dict(
     zip(
         ATTENTION_RESIDUALS,
@@ -48,6 +62,7 @@ class ConservationMonitor(Monitor):
         model: what the host shows; ``model.conserved`` says what holds where.
         context: adds up over the ranks that hold the rest of each sequence.
         vocabulary: adds up over the ranks that hold the rest of each token's logits.
+        whole: look at all sequences and tokens of a sample, not at some of them in turn.
 
     Attributes:
         guard: wraps every gradient hook; whoever wires the monitor sets it.
@@ -56,54 +71,88 @@ class ConservationMonitor(Monitor):
     name = "conservation"
 
     def __init__(
-        self, model: ModelView, context: GroupSum, vocabulary: GroupSum | None = None
+        self,
+        model: ModelView,
+        context: GroupSum,
+        vocabulary: GroupSum | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.guard: Guard = lambda hook: hook
-        self._conserved, self._layers = model.conserved, model.layers
+        self._conserved, self._layers, self._device = model.conserved, model.layers, model.device
         self._context = PendingTerms(context)
         self._vocabulary = PendingTerms(vocabulary or GroupSum(None))
         self.collective = context.size > 1 or self._vocabulary.group.size > 1
         self._directions = Directions(model.layers, model.groups, smallest_bias(model))
+        self._spread = Spread(model.layers, model.groups, largest_spread(model))
         # what is pooled over tokens is added up as it comes; attention's terms wait for the sample
         self._pooled = {
             signal: torch.zeros(shape, dtype=torch.float64, device=model.device)
             for signal, shape in self.schema().items()
             if signal in model.conserved and signal not in ATTENTION_RESIDUALS
         }
-        self._turn = 0
+        self._alike = AlikeRows(self._take_rows)
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        self._turn, self._whole = 0, whole
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         fields: dict[str, tuple[int, ...]] = {
             signal: (2, self._layers, residual.units)
             for signal, residual in self._conserved.items()
         }
-        return fields | {_BIAS: self._directions.shape}
+        return fields | {_BIAS: self._directions.shape, _SPREAD: self._spread.shape}
 
     # ---- taps ----
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Watch one micro-batch of an attention kernel."""
-        holds = [s for s in ATTENTION_RESIDUALS if layer in self._conserved[s].places]
-        AttentionBorder(call, holds, partial(self._take_attention, layer), self.guard)
+        count = call.sequences
+        some = {
+            signal: self._in_turn(min(one_in, count))
+            for signal, one_in in ONE_IN.items()
+            if layer in self._conserved[signal].places
+            and (signal == _KEY_SHIFT or not self._rests(layer))
+        }
+        if some:
+            AttentionBorder(call, some, partial(self._take_attention, layer), self.guard)
+
+    def _rests(self, place: int) -> bool:
+        return not self._whole and place % REST == self._turn % REST
+
+    def _positions(self, tokens: int, positions: int) -> slice:
+        return self._in_turn(min(max(1, tokens // TOKENS), positions))
+
+    def _in_turn(self, stride: int) -> slice:
+        """Every so-and-so-many-th, others after three samples; the same ones on all ranks."""
+        return slice(None) if self._whole else slice(self._turn // REST % stride, None, stride)
 
     def _take_attention(self, layer: int, signal: str, terms: Terms) -> None:
         self._context.add(signal, layer, terms)
 
     def on_norm(self, layer: int, unit: int, call: NormCall) -> None:
         """Watch one micro-batch of a norm; ``unit`` is its place in the catalogue's ``NORMS``."""
-        NormBorder(call, self._turn, partial(self._pool, layer, unit), self.guard)
+        place = self._place("norm/scale", layer, unit)
+        if self._rests(place):
+            return
+        bias = () if call.bias is None else (call.bias.detach(),)
+        kind = ("norm", call.eps, call.centred)
+
+        def deliver(*tensors: torch.Tensor) -> None:
+            self._alike.add(kind, place, *tensors, *bias)
+
+        NormBorder(call, self._positions, deliver, self.guard)
 
     def on_router(self, layer: int, logits: torch.Tensor, *_: Any, **__: Any) -> None:
         """Watch the router logits [..., E] of one micro-batch."""
-        if logits.requires_grad:
+        if logits.requires_grad and not self._rests(layer):
             logits.register_hook(self.guard(partial(self._on_router_gradient, layer)))
 
     def _on_router_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        self._pool(layer, 0, "router/shift", router_shift_terms(gradient.detach()))
+        self._alike.add("router", self._place("router/shift", layer, 0), gradient.detach())
 
     def on_output(self, layer: int, logits: torch.Tensor) -> None:
         """Watch the logits [..., V] over this rank's part of the vocabulary."""
-        if logits.requires_grad:
+        if logits.requires_grad and not self._rests(layer):
             logits.register_hook(self.guard(partial(self._on_output_gradient, layer)))
 
     def _on_output_gradient(self, layer: int, gradient: torch.Tensor) -> None:
@@ -112,23 +161,52 @@ class ConservationMonitor(Monitor):
             signed, scale = (part.flatten() for part in terms)
             self._vocabulary.add("output/vocabulary_shift", layer, (signed, scale))
         else:
-            self._pool(layer, 0, "output/vocabulary_shift", terms)
+            self._pool("output/vocabulary_shift", layer, *(part.sum() for part in _sizes(terms)))
 
     # ---- sums ----
 
-    def _pool(self, layer: int, unit: int, signal: str, terms: Terms) -> None:
+    def _place(self, signal: str, layer: int, unit: int) -> int:
+        """Where a unit of a layer stands in a row of all of them."""
+        return (layer - 1) * self._conserved[signal].units + unit
+
+    def _take_rows(
+        self, kind: Any, places: tuple[int, ...], tensors: list[torch.Tensor]
+    ) -> None:
+        """Take in the tensors of several calls of norms or routers, [calls, ..., D]."""
+        if kind == "router":
+            self._pool_many("router/shift", places, router_shift_terms(*tensors))
+            return
+        _, eps, centred = kind
+        x, dx, y, dy, *bias = tensors
+        bias = bias[0].view(len(places), *(1,) * (x.dim() - 2), -1) if bias else None
+        terms = norm_scale_terms(x, dx, y, dy, eps=eps, centred=centred, bias=bias)
+        self._pool_many("norm/scale", places, terms)
+        if centred:
+            self._pool_many("norm/shift", places, norm_shift_terms(dx))
+
+    def _pool_many(self, signal: str, places: tuple[int, ...], terms: Terms) -> None:
         """Add Σ|signed| and Σ scale over tokens: their ratio is the same however these are cut."""
-        total, count = self._pooled[signal][:, layer - 1, unit]
-        total += terms[0].abs().sum()
-        count += terms[1].sum()
+        sums = torch.stack([part.flatten(1).sum(1) for part in _sizes(terms)])
+        self._pooled[signal].flatten(1).index_add_(1, self._index(places), sums.double())
+
+    def _index(self, places: tuple[int, ...]) -> torch.Tensor:
+        """The places as a tensor, made once for each set of them that comes together."""
+        if places not in self._indices:
+            self._indices[places] = torch.tensor(places, device=self._device)
+        return self._indices[places]
+
+    def _pool(self, signal: str, layer: int, total: torch.Tensor, count: torch.Tensor) -> None:
+        pooled = self._pooled[signal][:, layer - 1, 0]
+        pooled += torch.stack([total, count])
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         self._turn += 1
+        self._alike.flush()
         for signal, layers, terms in self._context.complete():
             self._add_attention(signal, layers, terms, fields)
         for signal, layers, terms in self._vocabulary.complete():
             for layer, *of_layer in zip(layers, *terms, strict=True):
-                self._pool(layer, 0, signal, tuple(of_layer))
+                self._pool(signal, layer, *(part.sum() for part in _sizes(of_layer)))
         for signal, sums in self._pooled.items():
             fields[signal] += sums
             sums.zero_()
@@ -142,13 +220,18 @@ class ConservationMonitor(Monitor):
         shape = (len(layers), terms[1].shape[-1])
         ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, *shape)
         along = self._along(signed, scale, more[0], shape) if more else None
+        squares = query_key_squares(signed, scale) if signal == _QUERY_KEY else None
         places = self._conserved[signal].places
-        for these, first in _runs([(layer, places[layer][0]) for layer in layers]):
+        for these, first in _runs([places[layer][0] for layer in layers]):
             here = slice(first, first + shape[1])
-            at = slice(layers[these.start] - 1, layers[these.stop - 1])
-            fields[signal][:, at, here] += ratio[:, these]
+            at = self._index(tuple(layer - 1 for layer in layers[these]))
+            sums = ratio[:, these].double()
+            fields[signal][:, :, here].index_add_(1, at, sums)
             if along is not None:
-                fields[_BIAS][at, :, here] += along[these]
+                fields[_BIAS][:, :, here].index_add_(0, at, along[these].double())
+            if squares is not None:
+                pairs = torch.stack([squares.view(shape)[these].double(), sums[1]], dim=-1)
+                fields[_SPREAD][:, here].index_add_(0, at, pairs)
 
     @staticmethod
     def _along(
@@ -163,9 +246,11 @@ class ConservationMonitor(Monitor):
     def restart(self) -> None:
         for pending in (self._context, self._vocabulary):
             pending.clear()
+        self._alike.clear()
         for sums in self._pooled.values():
             sums.zero_()
         self._directions.clear()
+        self._spread.clear()
 
     # ---- readings ----
 
@@ -174,22 +259,28 @@ class ConservationMonitor(Monitor):
         evidence = self._directions.add(fields[_BIAS]).tolist()
         shift = readings["attention/key_shift"]
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
+        evidence = self._spread.add(fields[_SPREAD]).tolist()
+        readings[_SPREAD] = {layer: evidence[layer - 1] for layer in readings[_QUERY_KEY]}
         # what no layer has, as the routers of a dense model, is no reading
         return {signal: layers for signal, layers in readings.items() if layers}
 
 
-def _runs(places: list[tuple[int, int]]) -> Iterator[tuple[slice, int]]:
-    """Stretches of layers that follow one another with their units at the same place.
+def _sizes(terms: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(|signed|, scale) of a residual's terms."""
+    return terms[0].abs(), terms[1]
+
+
+def _runs(firsts: list[int]) -> Iterator[tuple[slice, int]]:
+    """Stretches of layers whose units begin at the same place.
 
     Args:
-        places: (layer, first unit), ascending.
+        firsts: first unit of each layer.
 
     Yields:
-        (slice of ``places``, first unit).
+        (slice of the layers, first unit).
     """
     start = 0
-    for i in range(1, len(places) + 1):
-        layer, first = places[i - 1]
-        if i == len(places) or places[i] != (layer + 1, first):
-            yield slice(start, i), first
+    for i in range(1, len(firsts) + 1):
+        if i == len(firsts) or firsts[i] != firsts[start]:
+            yield slice(start, i), firsts[start]
             start = i

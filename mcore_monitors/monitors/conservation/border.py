@@ -14,14 +14,12 @@ from functools import partial
 import torch
 
 from ...signals.conservation import (
-    key_shift_directions,
-    key_shift_terms,
-    norm_scale_terms,
-    norm_shift_terms,
+    key_shift_all_terms,
     query_key_terms,
     value_output_terms,
 )
 from ...views import AttentionCall, NormCall, arranged
+from .parts import watch_parts
 from .terms import Terms
 
 #: wraps a hook so that an error in it turns the monitor off and never reaches the host
@@ -29,17 +27,11 @@ Guard = Callable[[Callable[..., None]], Callable[..., None]]
 #: takes in (signal, terms)
 Deliver = Callable[[str, Terms], None]
 
-
-
 def _key_shift(dk: torch.Tensor, q: torch.Tensor, o: torch.Tensor, do: torch.Tensor) -> Terms:
     """The key shift's terms and, [B, G, 2, d], the directions that a wrong row term has."""
-    directions = key_shift_directions(q, o, do, dk.shape[2])
-    terms = key_shift_terms(dk, query=q, output=o, grad_output=do)
-    return (*terms, directions.permute(1, 2, 0, 3))
+    signed, scale, directions = key_shift_all_terms(dk, q, o, do)
+    return signed, scale, directions.permute(1, 2, 0, 3)
 
-
-#: tokens of a call of a norm that are looked at, at least; up to twice as many
-TOKENS = 128
 
 _ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
     "attention/key_shift": (_key_shift, ("dk", "q", "o", "do")),
@@ -51,18 +43,24 @@ _ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
 class AttentionBorder:
     """Q, K, V and O of one call of an attention kernel, and their gradients as they come.
 
+    An identity holds for each sequence by itself, so some of them do.
+
     Args:
         call: the tensors of the graph.
-        signals: residuals that hold here.
+        some: residual to the sequences that it is taken of.
         deliver: called with the terms of each, [B, G, ...].
         guard: wraps the hooks.
     """
 
     def __init__(
-        self, call: AttentionCall, signals: list[str], deliver: Deliver, guard: Guard
+        self,
+        call: AttentionCall,
+        some: dict[str, slice],
+        deliver: Deliver,
+        guard: Guard,
     ) -> None:
-        self._deliver, self._layout = deliver, call.layout
-        self._open = {signal: _ATTENTION[signal] for signal in signals}
+        self._deliver, self._layout, self._some = deliver, call.layout, some
+        self._open = {signal: _ATTENTION[signal] for signal in some}
         tensors = {
             "q": (call.query, call.heads),
             "k": (call.key, call.groups),
@@ -81,7 +79,8 @@ class AttentionBorder:
         for signal, (terms, names) in list(self._open.items()):
             if all(n in self._have for n in names):
                 del self._open[signal]
-                self._deliver(signal, terms(*(self._have[n] for n in names)))
+                some = self._some[signal]
+                self._deliver(signal, terms(*(self._have[n][:, some] for n in names)))
         needed = {name for _, names in self._open.values() for name in names}
         self._have = {n: x for n, x in self._have.items() if n in needed}
 
@@ -89,50 +88,42 @@ class AttentionBorder:
 class NormBorder:
     """Input and output of one call of a norm, and their gradients as they come.
 
-    Each token is a test by itself. Of many every so-and-so-many-th is looked at, others at each
-    sample.
+    Each token is a test by itself, so some of them do.
 
     Args:
-        call: the tensors of the graph.
-        turn: number of the sample, which picks the tokens.
-        deliver: called with the terms of ``norm/scale`` and, for LayerNorm, ``norm/shift``.
+        call: the tensors of the graph, with as many tokens as there are.
+        some: which positions of a dimension are looked at, of how many tokens and positions.
+        deliver: called with x, dx, y, dy of these tokens, [..., D] each.
         guard: wraps the hooks.
     """
 
-    def __init__(self, call: NormCall, turn: int, deliver: Deliver, guard: Guard) -> None:
+    def __init__(
+        self,
+        call: NormCall,
+        some: Callable[[int, int], slice],
+        deliver: Callable[..., None],
+        guard: Guard,
+    ) -> None:
+        if not (call.x.requires_grad and call.y.requires_grad):
+            return
         self._deliver = deliver
-        stride = max(1, call.x.shape[:-1].numel() // TOKENS)
-        self._rows = slice(turn % stride, None, stride)
-        self._x, self._y = self._some(call.x), self._some(call.y)
-        self._form = {"eps": call.eps, "centred": call.centred}
-        self._bias = None if call.bias is None else call.bias.detach()
-        self._beside, self._dy = call.beside, None
-        if call.beside is None and call.x.requires_grad:
-            call.x.register_hook(guard(self._on_input))
-        if call.y.requires_grad:
-            call.y.register_hook(guard(self._on_output))
-
-    def _some(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens that are looked at, D], without a graph."""
-        return x.detach().reshape(-1, x.shape[-1])[self._rows]
+        tokens = call.x.shape[:-1]
+        longest = max(tokens, default=1)
+        at = tokens.index(longest) if tokens else 0
+        self._taken = (slice(None),) * at + (some(tokens.numel(), longest),) if tokens else ()
+        self._x, self._y = call.x.detach()[self._taken], call.y.detach()[self._taken]
+        self._dx = self._dy = None
+        self._parts = watch_parts(call.x, call.y, guard(self._on_part))
+        call.y.register_hook(guard(self._on_output))
 
     def _on_output(self, gradient: torch.Tensor) -> None:
-        self._dy = self._some(gradient)
-        if self._beside is not None and self._x is not None:
-            with torch.enable_grad():
-                x = self._x.detach().requires_grad_()
-                (dx,) = torch.autograd.grad(self._beside(x), x, self._dy)
-            self._take(dx)
+        self._dy = gradient[self._taken]
 
-    def _on_input(self, gradient: torch.Tensor) -> None:
-        if self._dy is not None:  # else the output was not used
-            self._take(self._some(gradient))
-
-    def _take(self, dx: torch.Tensor) -> None:
-        if self._x is None:
-            return  # a second backward pass
-        terms = norm_scale_terms(self._x, dx, self._y, self._dy, **self._form, bias=self._bias)
-        self._deliver("norm/scale", terms)
-        if self._form["centred"]:
-            self._deliver("norm/shift", norm_shift_terms(dx))
-        self._x = self._y = self._dy = None
+    def _on_part(self, gradient: torch.Tensor) -> None:
+        """Add a part of the input's gradient; what came is the engine's, which may write to it."""
+        part = gradient[self._taken]
+        self._dx = part.clone() if self._dx is None else self._dx + part
+        self._parts -= 1
+        if self._parts == 0:  # less than none: a second backward pass
+            self._deliver(self._x, self._dx, self._y, self._dy)
+            self._x = self._y = self._dx = self._dy = None

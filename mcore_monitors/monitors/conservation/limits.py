@@ -9,7 +9,7 @@ import torch
 from ...catalogue.conservation import BIASES
 from ...signals.conservation import floor, limit
 from ...views import ModelView
-from .direction import WINDOWS
+from .evidence import WINDOWS
 
 _RESIDUAL = {
     "attention/key_shift": "key_shift",
@@ -24,6 +24,8 @@ _RESIDUAL = {
 _LEVEL = 1e-5
 #: a bias counts from this part of the floor on
 _LEAST_BIAS = 0.25
+#: what rounding may leave of query–key (root mean square), as a part of the limit: 1.5 floors
+_SPREAD = 0.3
 #: where a host does not say how many channels are summed over
 _CHANNELS = 64
 
@@ -31,7 +33,7 @@ _CHANNELS = 64
 def residual_limits(model: ModelView) -> dict[str, float]:
     """Signal to limit, the same on every rank; empty where the sequence length is not known.
 
-    The limit of a bias is set by theory for all that is looked at in a sample together: at most
+    The limits of evidence are set by theory for all that is looked at in a sample together: at most
     one healthy sample in 10⁵ has evidence over it (an alarm takes two samples in a row).
     """
     if not model.sequence_length:
@@ -41,8 +43,11 @@ def residual_limits(model: ModelView) -> dict[str, float]:
         signal: limit(_RESIDUAL[signal], *_sizes(model, signal), tf32=tf32)
         for signal in model.conserved
     }
-    tests = model.layers * len(WINDOWS) * len(BIASES)
-    return limits | {"attention/key_shift_bias": math.log(tests / _LEVEL)}
+    windows = model.layers * len(WINDOWS)
+    return limits | {
+        "attention/key_shift_bias": math.log(windows * len(BIASES) / _LEVEL),
+        "attention/query_key_spread": math.log(windows * model.groups / _LEVEL),
+    }
 
 
 def smallest_bias(model: ModelView) -> float:
@@ -50,6 +55,13 @@ def smallest_bias(model: ModelView) -> float:
     if not model.sequence_length:
         return math.inf
     return _LEAST_BIAS * floor("key_shift", *_sizes(model, "attention/key_shift"))
+
+
+def largest_spread(model: ModelView) -> float:
+    """Root mean square of query–key that rounding may leave; anything where no floor is known."""
+    if not model.sequence_length:
+        return math.inf
+    return _SPREAD * residual_limits(model)["attention/query_key"]
 
 
 def _sizes(model: ModelView, signal: str) -> tuple[torch.dtype, int, int]:

@@ -47,7 +47,9 @@ class PendingTerms:
         keys = sorted(self._terms)
         # micro-batches need not be of one size
         whole = [
-            tuple(torch.cat(parts) for parts in zip(*self._terms[key], strict=True))
+            tuple(torch.cat(parts) for parts in zip(*calls, strict=True))
+            if len(calls := self._terms[key]) > 1
+            else calls[0]
             for key in keys
         ]
         self._terms.clear()

@@ -6,7 +6,7 @@ only the floor of the number format (:mod:`.floors`).
 """
 
 from .accumulate import (
-    DirectionWindow,
+    SampleWindow,
     direction_bias,
     direction_coherence,
     direction_energy,
@@ -14,9 +14,11 @@ from .accumulate import (
     direction_layer_log_p,
     direction_log_p,
     direction_terms,
+    spread_log_p,
 )
 from .floors import RESIDUALS, floor, limit
 from .key_shift import (
+    key_shift_all_terms,
     key_shift_along,
     key_shift_directions,
     key_shift_from_terms,
@@ -28,14 +30,14 @@ from .norm_scale import (
     norm_shift_from_terms,
     norm_shift_terms,
 )
-from .query_key import query_key_from_terms, query_key_terms
+from .query_key import query_key_from_terms, query_key_squares, query_key_terms
 from .router_shift import router_shift_from_terms, router_shift_terms
 from .value_output import value_output_from_terms, value_output_terms
 from .vocabulary_shift import vocabulary_shift_from_terms, vocabulary_shift_terms
 
 __all__ = [
     "RESIDUALS",
-    "DirectionWindow",
+    "SampleWindow",
     "direction_bias",
     "direction_coherence",
     "direction_energy",
@@ -44,6 +46,7 @@ __all__ = [
     "direction_log_p",
     "direction_terms",
     "floor",
+    "key_shift_all_terms",
     "key_shift_along",
     "key_shift_directions",
     "key_shift_from_terms",
@@ -54,9 +57,11 @@ __all__ = [
     "norm_shift_from_terms",
     "norm_shift_terms",
     "query_key_from_terms",
+    "query_key_squares",
     "query_key_terms",
     "router_shift_from_terms",
     "router_shift_terms",
+    "spread_log_p",
     "value_output_from_terms",
     "value_output_terms",
     "vocabulary_shift_from_terms",

@@ -16,7 +16,9 @@ pushes the same way each time, and ‖Σ r_i‖ grows like n. Two numbers say so
   Heads round independently, so evidence adds up over the heads of a layer: E exp(λF) ≤
   (1 − 2λ)^(−1/2) for λ < ½ (write exp(λ‖x‖²) as a mean of exp(√(2λ)⟨g, x⟩) over normal g), the
   moments of χ² with one degree of freedom, and the sum over H heads obeys Chernoff's bound for χ²
-  with H: P(ΣF ≥ x) ≤ exp(−x/2 + H/2·(1 + ln(x/H))) for x > H (:func:`direction_layer_log_p`).
+  with H: P(ΣF ≥ x) ≤ exp(−x/2 + H/2·(1 + ln(x/H))) for x > H. Where the bias has one sign in all
+  heads their sequences are one row of H·n, and the first bound holds for it: with evenly spread
+  biases F is then the sum of the heads' F, at one degree of freedom (:func:`direction_layer_log_p`).
 
 A tiny bias is no fault: a healthy kernel may have one far below its floor (attention sinks in
 bfloat16, exponentials in float32). Judge the size of the mean as well (:func:`direction_bias`).
@@ -83,47 +85,66 @@ def direction_energy_limit(level: float) -> float:
 def direction_layer_log_p(sums: Tensor) -> Tensor:
     """ln of the bound for all heads of a layer together, from sums [..., H, d + 3]: [...].
 
-    The better of Chernoff's bound on the sum over heads (a small bias in many) and the best single
-    head, paid for looking twice and at H heads.
+    The best of three, paid for looking three times: the bound for all sequences of all heads as one
+    row (a bias that has one sign in all heads, as an offset of δ has), Chernoff's bound on the sum
+    over heads (one that doesn't), and the best single head, paid for looking at H of them.
     """
     energy = direction_energy(sums)
     heads = energy.shape[-1]
     total = energy.sum(-1).clamp(min=heads)
     together = -total / 2 + heads / 2 * (1 + (total / heads).log())
     single = direction_log_p(sums).amin(-1) + math.log(heads)
-    return (torch.minimum(together, single) + math.log(2)).clamp(max=0.0)
+    in_line = direction_log_p(sums.sum(-2))
+    best = torch.minimum(torch.minimum(together, single), in_line)
+    return (best + math.log(3)).clamp(max=0.0)
 
 
-class DirectionWindow:
+@torch.no_grad()
+def spread_log_p(squares: Tensor, count: Tensor, sigma: float) -> Tensor:
+    """ln of a bound on P(rounding alone makes residuals this large), at most 0; any shape.
+
+    Of a residual that is over what rounding leaves (query–key) not even the sign has to be the same
+    each time: its size says enough, over many sequences. A sum of independent rounding errors, each
+    spread evenly between −½ and ½ of the last place, is sub-Gaussian with its own variance (a
+    uniform number is), so E exp(λ Σ r²/σ²) ≤ (1 − 2λ)^(−n/2) for n residuals of root mean square σ
+    at most, and Chernoff's bound for χ² holds: P(Σ r²/σ² ≥ x) ≤ exp(−x/2 + n/2·(1 + ln(x/n))) for
+    x > n.
+
+    Args:
+        squares: Σ r² over sequences; count: their number.
+        sigma: root mean square that a right kernel may leave.
+
+    Returns:
+        0 where nothing was counted or the mean square is within ``sigma``².
+    """
+    ratio = (squares / (count * sigma**2)).nan_to_num(0.0).clamp(min=1.0)
+    return count / 2 * (1 + ratio.log() - ratio)
+
+
+class SampleWindow:
     """The last samples' sums of each unit, in a buffer of fixed size.
 
     Args:
         units: number of heads (or layers) watched.
-        dimension: d of the signed vector, 1 for a number.
+        width: sums of one unit.
         samples: length of the window.
     """
 
-    def __init__(
-        self, units: int, dimension: int, samples: int, device: torch.device | str = "cpu"
-    ):
-        self._ring = torch.zeros(samples, units, dimension + 3, dtype=torch.float64, device=device)
-        self._next = 0
+    def __init__(self, units: int, width: int, samples: int, device: torch.device | str = "cpu"):
+        #: the newest first
+        self._samples = torch.zeros(samples, units, width, dtype=torch.float64, device=device)
 
     def add(self, sums: Tensor) -> None:
-        """Take in one sample's sums [units, d + 3], complete over ranks and micro-batches."""
-        self._ring[self._next] = sums
-        self._next = (self._next + 1) % len(self._ring)
+        """Take in one sample's sums [units, width], complete over ranks and micro-batches."""
+        self._samples = torch.cat([sums.unsqueeze(0), self._samples[:-1]])
 
     def sums(self, last: int | None = None) -> Tensor:
-        """Sums over the last samples, all by default, [units, d + 3].
+        """Sums over the last samples, all by default, [units, width].
 
         Short windows see a new fault soon, long ones a small one at all.
         """
-        if last is None:
-            return self._ring.sum(0)
-        rows = [(self._next - 1 - i) % len(self._ring) for i in range(last)]
-        return self._ring[rows].sum(0)
+        return self._samples[:last].sum(0)
 
     def clear(self) -> None:
         """Forget all samples, after a rollback for instance."""
-        self._ring.zero_()
+        self._samples.zero_()

@@ -79,11 +79,17 @@ def key_shift_terms(
     kernel (floor 3.5e-8 to 9e-9) this adds 7e-9 to 2e-9, the ratio grows by 3% at most, four
     orders of magnitude below the limit. float64 sums cost ten times as much on a CPU.
     """
+    return _terms(dk, wide(query), wide(output) * wide(grad_output), softmax_scale)
+
+
+def _terms(
+    dk: Tensor, query: Tensor, row: Tensor, softmax_scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same from the wide query and dO∘O."""
     dtype = torch.promote_types(dk.dtype, torch.float32)
     alpha = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keys = torch.linalg.vector_norm(dk, dim=-1, dtype=dtype).sum(0)
-    rows = torch.linalg.vector_norm(wide(output) * wide(grad_output), dim=-1)
-    rows = rows * torch.linalg.vector_norm(query, dim=-1, dtype=dtype)
+    rows = torch.linalg.vector_norm(row, dim=-1) * torch.linalg.vector_norm(query, dim=-1)
     return dk.sum(0, dtype=dtype), keys + alpha * over_groups(rows.sum(0), dk.shape[2])
 
 
@@ -118,10 +124,22 @@ def key_shift_directions(query: Tensor, output: Tensor, grad_output: Tensor, gro
     Returns:
         [2, B, G, d], sums over the queries at hand: they add up over shards of a sequence.
     """
-    q = wide(query)
-    delta = (wide(output) * wide(grad_output)).sum(-1, keepdim=True)
-    both = torch.stack([q.sum(0), (delta * q).sum(0)])  # [2, B, H, d]
-    return both.unflatten(2, (groups, -1)).sum(3)
+    return _directions(wide(query), wide(output) * wide(grad_output), groups)
+
+
+def _directions(query: Tensor, row: Tensor, groups: int) -> Tensor:
+    """The same from the wide query and dO∘O."""
+    both = torch.stack([query.sum(0), (row.sum(-1, keepdim=True) * query).sum(0)])  # [2, B, H, d]
+    return both if query.shape[2] == groups else both.unflatten(2, (groups, -1)).sum(3)
+
+
+@torch.no_grad()
+def key_shift_all_terms(
+    dk: Tensor, query: Tensor, output: Tensor, grad_output: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`key_shift_terms` and, [2, B, G, d], :func:`key_shift_directions` in one pass."""
+    query, row = wide(query), wide(output) * wide(grad_output)
+    return *_terms(dk, query, row, None), _directions(query, row, dk.shape[2])
 
 
 @torch.no_grad()

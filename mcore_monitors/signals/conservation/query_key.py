@@ -14,8 +14,14 @@ and K *behind* the norm (in front of it both sides are zero but for ε). Broken 
 a second time inside the tap (a key that is also a value, as in latent attention's compressed form:
 then dK has a second part). Under fp8 there is no floor for it here.
 
-The scale is Σ|K∘dK| and Σ|Q∘dQ|, halved: ⟨K, dK⟩ itself passes through zero, and either sum alone
-may almost vanish where attention sits on one key.
+The scale is what rounding leaves, in units of its relative error. Whatever dS a kernel has, rounded
+or not, dQ and dK are made from the same one: only what happens to dQ and dK behind the product
+stays, their own rounding. With independent relative errors of root mean square σ on both it is
+Σ_ic q_ic dq_ic err_ic − Σ_jc k_jc dk_jc err_jc, of size σ·√(Σ (q∘dq)² + Σ (k∘dk)²): so the residual
+is over that root, and a right kernel leaves about σ, whatever the length, the number of channels
+and the tensors. (A sum of absolute values would hide a fault of one hundredth in bfloat16.) Two
+roundings in a row, as of a gradient that is added up over blocks of keys in its own format, leave
+about twice as much.
 
 Shape names as in :mod:`.value_output`, ``d`` channels of a query or key.
 """
@@ -41,20 +47,26 @@ def query_key_terms(
         key, grad_key: [S, B, G, d].
 
     Returns:
-        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], (Σ|K∘dK| + Σ|Q∘dQ|)/2 [B, G]), float32, or float64 for
-        float64 inputs.
+        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], Σ (k∘dk)² + Σ (q∘dq)² [B, G]), float32, or float64 for float64
+        inputs.
     """
-    return paired_terms(query, grad_query, key, grad_key)
+    return paired_terms(query, grad_query, key, grad_key, power=2)
 
 
 @torch.no_grad()
-def query_key_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / scale, and their number, per key head.
+def query_key_from_terms(signed: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / √squares, and their number, per key head.
 
     Args:
-        signed, scale: [B, G] of :func:`query_key_terms`, complete over each sequence.
+        signed, squares: [B, G] of :func:`query_key_terms`, complete over each sequence.
 
     Returns:
         (sum of ratios [G], number of sequences [G]). A sequence without gradient is not counted.
     """
-    return ratio_sums(signed.abs(), scale)
+    return ratio_sums(signed.abs(), squares.sqrt())
+
+
+@torch.no_grad()
+def query_key_squares(signed: Tensor, squares: Tensor) -> Tensor:
+    """Sum over sequences of (⟨Q, dQ⟩ − ⟨K, dK⟩)² / squares, [G]; see :func:`spread_log_p`."""
+    return ratio_sums(signed.square(), squares)[0]

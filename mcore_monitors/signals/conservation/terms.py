@@ -13,19 +13,25 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype in _WIDE else x.float()
 
 
-def product_sums(x: Tensor, grad: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Σ x∘dx and its scale Σ |x∘dx| over ``dims``, worked on in float32 or float64.
+def product_sums(
+    x: Tensor, grad: Tensor, dims: tuple[int, ...], power: int
+) -> tuple[Tensor, Tensor]:
+    """Σ x∘dx and its scale Σ |x∘dx|^power over ``dims``, worked on in float32 or float64.
 
     float16 gradients below its smallest normal number have an absolute rounding error, not a
     relative one: in the scale they count as that number. The scale of nothing but zeros stays 0.
     """
     wide_x, wide_grad = wide(x), wide(grad)
     product = wide_x * wide_grad
-    scale = product.abs().sum(dims)
+    scale = _size(product, power).sum(dims)
     if grad.dtype == torch.float16:
         size = wide_grad.abs().clamp(min=torch.finfo(torch.float16).tiny)
-        scale = torch.where(scale == 0, scale, (wide_x.abs() * size).sum(dims))
+        scale = torch.where(scale == 0, scale, _size(wide_x * size, power).sum(dims))
     return product.sum(dims), scale
+
+
+def _size(product: Tensor, power: int) -> Tensor:
+    return product.abs() if power == 1 else product.square()
 
 
 def over_groups(x: Tensor, groups: int) -> Tensor:
@@ -34,21 +40,26 @@ def over_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def paired_terms(
-    of_heads: Tensor, grad_of_heads: Tensor, of_groups: Tensor, grad_of_groups: Tensor
+    of_heads: Tensor,
+    grad_of_heads: Tensor,
+    of_groups: Tensor,
+    grad_of_groups: Tensor,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Σ x∘dx on the side of the query heads less that on the side of the key heads, and a scale.
 
     Args:
         of_heads, grad_of_heads: [S, B, H, channels], H a multiple of G.
         of_groups, grad_of_groups: [S, B, G, channels].
+        power: 1 or 2.
 
     Returns:
-        (difference [B, G], mean of both sides' Σ|x∘dx| [B, G]).
+        (difference [B, G], both sides' Σ|x∘dx|^power [B, G]).
     """
     groups = of_groups.shape[2]
-    heads_sum, heads_scale = product_sums(of_heads, grad_of_heads, (0, 3))
-    groups_sum, groups_scale = product_sums(of_groups, grad_of_groups, (0, 3))
-    scale = 0.5 * (groups_scale + over_groups(heads_scale, groups))
+    heads_sum, heads_scale = product_sums(of_heads, grad_of_heads, (0, 3), power)
+    groups_sum, groups_scale = product_sums(of_groups, grad_of_groups, (0, 3), power)
+    scale = groups_scale + over_groups(heads_scale, groups)
     return over_groups(heads_sum, groups) - groups_sum, scale
 
 

@@ -53,7 +53,8 @@ def value_output_terms(
         (⟨O, dO⟩ − ⟨V, dV⟩ [B, G], (Σ|V∘dV| + Σ|O∘dO|)/2 [B, G]), float32, or float64 for
         float64 inputs.
     """
-    return paired_terms(output, grad_output, value, grad_value)
+    signed, scale = paired_terms(output, grad_output, value, grad_value)
+    return signed, 0.5 * scale
 
 
 @torch.no_grad()

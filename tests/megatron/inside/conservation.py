@@ -47,7 +47,7 @@ class Watched:
         self.view = self.described.view
         self.view.sequence_length = build.SEQUENCE
         self.monitor = ConservationMonitor(
-            self.view, self.described.context, self.described.vocabulary
+            self.view, self.described.context, self.described.vocabulary, whole=True
         )
         self.state = StepState(iteration=1, armed=True)
         self._packed = Packed(self.monitor.schema(), self.view.device)
