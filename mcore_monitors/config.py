@@ -23,7 +23,7 @@ from .errors import ConfigError, nearest
 from .faults.config import DrillConfig
 from .recovery.config import RecoveryConfig
 from .sinks.config import WandbConfig
-from .windows import default_judged, default_windows
+from .windows import SELDOM, default_judged, default_windows
 
 #: ``auto`` watches what the model has; ``true`` insists, so that a run without it does not start
 Enabled = Literal["auto"] | bool
@@ -40,6 +40,8 @@ class AttentionUpdateConfig:
     windows: Annotated[list[Positive], Field(min_length=1)] | None = None
     #: where the earlier weights are kept: on the device, or in the host's (pinned) memory
     snapshots: Literal["device", "host"] = "device"
+    #: what no rule judges (other windows, and all but Δ2) is told at one sample out of this many
+    every: Positive = SELDOM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class OptimizerConfig:
 
     enabled: Enabled = "auto"
     #: layers take turns: each is read at one sample out of this many
-    every: Positive = 4
+    every: Positive = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class KoopmanConfig:
     enabled: Enabled = False
     #: iterations between profiles; a multiple of ``interval``
     every: Positive = 1000
-    #: modes of a layer; ``full``: as many as channels; ``auto``: full up to hidden size 256, else 32
+    #: modes of a layer; ``full``: all of them; ``auto``: full up to hidden size 256, else 32
     rank: Positive | Literal["auto", "full"] = 32
     #: tokens of a step that are looked at, at most
     tokens: Positive = 2048
@@ -124,8 +126,6 @@ class KssConfig:
     interval: Positive = 10
     #: share of the layers that is shaped at a time, drawn anew each time
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    #: largest norm of the term's gradient by the stream, in that of the loss; null: no bound
-    cap: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.0
     #: modes of a layer that are looked at, at most the hidden size
     rank: Annotated[int, Field(ge=2)] = 32
     #: of the draws

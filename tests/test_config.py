@@ -23,11 +23,16 @@ SCHEMA = {
     "interval": 10,
     "strict": False,
     "monitors": {
-        "attention_update": {"enabled": "auto", "windows": [10, 50, 200], "snapshots": "device"},
+        "attention_update": {
+            "enabled": "auto",
+            "windows": [10, 50, 200],
+            "snapshots": "device",
+            "every": 5,
+        },
         "router": {"enabled": "auto", "tokens": "all", "every": 5},
         "conservation": {"enabled": "auto", "whole": False},
         "attention_activity": {"enabled": "auto", "queries": 16, "every": 5},
-        "optimizer": {"enabled": "auto", "every": 4},
+        "optimizer": {"enabled": "auto", "every": 20},
         "koopman": {"enabled": False, "every": 1000, "rank": 32, "tokens": 2048},
     },
     "detection": {
@@ -69,7 +74,6 @@ KSS = {
     "temperature": 20.0,
     "interval": 10,
     "share": 0.5,
-    "cap": 1.0,
     "rank": 32,
     "seed": 0,
 }
