@@ -36,7 +36,7 @@ _PATIENCE = 3
 
 
 class _Pull(torch.autograd.Function):
-    """The states as they are; in the backward pass the slope times the host's scale goes to moments.
+    """The states as they are; in the backward pass the slope times a factor goes to the moments.
 
     The result is no view: Megatron frees the memory behind a pipeline stage's output, which it
     can't do with a view.
@@ -44,10 +44,10 @@ class _Pull(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, moments: Tensor, slope: Tensor, scale: Callable[[], Tensor | float]
+        ctx: Any, states: Tensor, moments: Tensor, slope: Tensor, factor: Callable[[], Tensor]
     ) -> Tensor:
         ctx.save_for_backward(slope)
-        ctx.scale = scale
+        ctx.factor = factor
         same = torch.empty((1,), dtype=states.dtype, device=states.device)
         same.data = states.data
         return same
@@ -55,7 +55,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return gradient, slope * ctx.scale(), None, None
+        return gradient, slope * ctx.factor(), None, None
 
 
 def refuse_hidden(view: ModelView) -> None:
@@ -148,10 +148,19 @@ class Shaping:
             return after
         try:
             slope = self._slope(whole)
-            return _Pull.apply(after, moments, slope, partial(self._scale, whole[0]))
+            return _Pull.apply(after, moments, slope, partial(self._factor, whole[0]))
         except Exception as error:  # shaping never breaks a run
             self._fail(error)
             return after
+
+    def _factor(self, tokens: Tensor) -> Tensor:
+        """What the slope is multiplied with, asked in the backward pass."""
+        try:
+            scale = torch.as_tensor(self._scale(tokens), dtype=torch.float64, device=tokens.device)
+            return scale.reshape(())
+        except Exception as error:  # shaping never breaks a run
+            self._fail(error)
+            return torch.zeros_like(tokens)
 
     def _along(self, layer: int, states: Tensor) -> Tensor:
         """The directions: the same on every rank, in every micro-batch and when recomputed."""
