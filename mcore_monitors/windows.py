@@ -2,10 +2,11 @@
 
 A window of ``W`` iterations compares weights with those of ``W`` iterations ago, at every multiple
 of its *stride*. The stride grows with the window, so that a window never needs more than
-:data:`SNAPSHOTS` earlier weights, however long it is; and a window that no rule judges, which is
-there to be looked at, is compared at every fifth sample only. Windows of 10, 50 (judged) and 200 at
-interval 10 are compared every 50, 10 and 50 iterations, and 8 snapshots serve all three instead of
-20. Everything counts absolute iterations, so a resumed run goes on with the same grid.
+:data:`SNAPSHOTS` earlier weights, however long it is. What no rule judges is there to be looked at,
+and computed at every fifth sample only: all of the windows that no rule judges, and of a judged
+window all but Δ2. Windows of 10, 50 (judged) and 200 at interval 10 are compared every 50, 10 and
+50 iterations, and 8 snapshots serve all three instead of 20. Everything counts absolute iterations,
+so a resumed run goes on with the same grid.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from collections.abc import Collection, Sequence
 
 #: Snapshots that one window needs at most.
 SNAPSHOTS = 5
-#: Samples from one comparison to the next of a window that is recorded only.
+#: Samples from one record to the next of what no rule judges, by default.
 SELDOM = 5
+#: Samples between two directions of an update that are held against each other, at least.
+_APART = 10
 #: Windows of the default settings, in iterations, before they are brought to the run's grid.
 USUAL = (10, 50, 200)
 #: The window that the band rule judges by default: 10 is noisier, 200 slower.
@@ -43,34 +46,50 @@ def window_of(signal: str) -> int | None:
     return int(window) if window else None
 
 
+def _multiple(of: int, least: int) -> int:
+    """The smallest multiple of ``of`` that is ``least`` or more."""
+    return of * max(1, -(-least // of))
+
+
 class Grid:
     """When the windows of a run are compared, and which snapshots are held for it.
 
     Args:
         windows: lengths in iterations, multiples of ``interval``.
         interval: iterations between two samples.
-        judged: those that a rule judges; None for all.
+        judged: those that a rule judges; None: all is computed at every sample.
+        every: samples from one record to the next of what no rule judges.
     """
 
     def __init__(
-        self, windows: Collection[int], interval: int, judged: Collection[int] | None = None
+        self,
+        windows: Collection[int],
+        interval: int,
+        judged: Collection[int] | None = None,
+        every: int = SELDOM,
     ) -> None:
         self.windows, self.interval = sorted(set(windows)), interval
-        self._strides = {
-            window: judged_stride(window, interval)
-            if judged is None or window in judged
-            else max(judged_stride(window, interval), SELDOM * interval)
-            for window in self.windows
-        }
+        self._strides, self._records, self._periods = {}, {}, {}
+        seldom = interval * (1 if judged is None else every)
+        for window in self.windows:
+            stride = judged_stride(window, interval)
+            if judged is not None and window not in judged:
+                stride = max(stride, seldom)
+            record = _multiple(stride, seldom)
+            self._strides[window], self._records[window] = stride, record
+            self._periods[window] = _multiple(record, max(window, _APART * interval))
 
     def stride(self, window: int) -> int:
         """Iterations between two comparisons of a window."""
         return self._strides[window]
 
+    def record(self, window: int) -> int:
+        """Iterations between two comparisons at which all is computed, a multiple of the stride."""
+        return self._records[window]
+
     def period(self, window: int) -> int:
-        """Iterations between two comparisons that share no step, fit to tell what persists."""
-        stride = max(self._strides[window], SELDOM * self.interval)
-        return stride * -(-window // stride)
+        """Iterations between two records that share no step, fit to tell what persists."""
+        return self._periods[window]
 
     def compared(self, iteration: int) -> list[int]:
         """The windows that are compared at an iteration."""
@@ -86,8 +105,8 @@ class Grid:
     def most_snapshots(self) -> int:
         """The largest number of snapshots that are held at once."""
         longest = self.windows[-1]
-        cycle = range(longest, 4 * longest * SELDOM, self.interval)
+        cycle = longest * max(4 * SELDOM, *(s // self.interval for s in self._strides.values()))
         return max(
             sum(self.is_needed(at, now) for at in range(now, now - longest, -self.interval))
-            for now in cycle
+            for now in range(longest, longest + cycle, self.interval)
         )

@@ -38,6 +38,14 @@ def test_a_window_that_is_not_judged_is_compared_at_every_fifth_sample() -> None
     grid = Grid([10, 50, 200], 10, [50])
     assert [grid.compared(iteration) for iteration in (10, 50, 60)] == [[50], [10, 50, 200], [50]]
     assert grid.most_snapshots() == 8
+    assert [grid.record(window) for window in grid.windows] == [50, 50, 50]
+    assert Grid([10, 50], 10, [50], every=20).most_snapshots() == 5
+
+
+def test_all_is_recorded_at_every_comparison_where_all_is_asked_for() -> None:
+    grid = Grid([10, 200], 10)
+    assert [grid.record(window) for window in grid.windows] == [10, 40]
+    assert [Grid([50], 10, [50], every).record(50) for every in (1, 3)] == [10, 30]
 
 
 @pytest.mark.parametrize("judged", [None, [70], []])
@@ -56,7 +64,8 @@ def test_periods_share_no_step_and_lie_on_the_grid() -> None:
         grid = Grid([10, 50, 70, 200], 10, judged)
         for window in grid.windows:
             assert grid.period(window) >= window
-            assert grid.period(window) % grid.stride(window) == 0
+            assert grid.period(window) % grid.record(window) == 0
+            assert grid.record(window) % grid.stride(window) == 0
 
 
 def test_window_and_judgement_from_a_name() -> None:

@@ -36,17 +36,23 @@ class Piece:
         """Global numbers of the query groups, one a unit."""
         return [self.view.first_group + group for group, _ in self.units]
 
-    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_q [units × heads_per_unit, d, D] and W_k [units, d, D]."""
+    def read(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Views on the live W_q [heads, d, D] and W_k [keys, d, D], one after the other."""
+        sliced = self.heads_per_unit < self.view.heads_per_group
+        if len(self.units) == self.view.groups and not sliced and self.view.read_groups is None:
+            query, key = self.view.read()
+            return [query], [key]
         groups = sorted({group for group, _ in self.units})
         query, key = self.view.take(groups)
-        if self.heads_per_unit == self.view.heads_per_group or not groups:
-            return query, key
+        if not sliced or not groups:
+            return [query], [key]
         cuts = query.unflatten(0, (-1, self.heads_per_unit))
         of_group = self.view.heads_per_group // self.heads_per_unit
         places = [(groups.index(group), cut) for group, cut in self.units]
-        rows = [cuts[place * of_group + cut] for place, cut in places]
-        return torch.cat(rows), torch.stack([key[place] for place, _ in places])
+        return (
+            [cuts[place * of_group + cut] for place, cut in places],
+            [key[place : place + 1] for place, _ in places],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,24 +73,33 @@ class Batch:
 
 
 def share_out(views: list[AttentionView]) -> list[Piece]:
-    """This rank's share, dealt out in turn over the ranks that hold the same weights.
+    """This rank's share of what is dealt out over the ranks that hold the same weights.
 
-    Whole query groups, so that a key is read and kept once; where there are more ranks than groups
-    of a part, slices of a group's heads (a key that all heads of a layer share would otherwise
-    leave all of them to one rank). A view whose reading needs all ranks is in the list even where
-    nothing of it falls to this one.
+    Each gets as many as the others, of layers that follow one another: it then reads few layers,
+    most of them whole. Whole query groups, so that a key is read and kept once; where there are
+    more ranks than groups of a part, slices of a group's heads (a key that all heads of a layer
+    share would otherwise leave all of them to one rank). A view whose reading needs all ranks is in
+    the list even where nothing of it falls to this one.
     """
     groups = Counter()
     for view in views:
         groups[view.part] += view.groups
-    pieces, dealt = [], 0
-    for view in views:
-        cuts = _cuts(view.heads_per_group, view.replica.size / groups[view.part])
-        units = [(group, cut) for group in range(view.groups) for cut in range(cuts)]
-        mine = [unit for i, unit in enumerate(units) if view.replica.owns(dealt + i)]
-        dealt += len(units)
+    cuts = [_cuts(v.heads_per_group, v.replica.size / groups[v.part]) for v in views]
+    total = Counter()
+    for view, n in zip(views, cuts, strict=True):
+        total[view.part] += view.groups * n
+    pieces, dealt = [], Counter()
+    for view, n in zip(views, cuts, strict=True):
+        units = [(group, cut) for group in range(view.groups) for cut in range(n)]
+        first, rank, size = dealt[view.part], view.replica.rank, view.replica.size
+        mine = [
+            unit
+            for i, unit in enumerate(units, start=first)
+            if i * size // total[view.part] == rank
+        ]
+        dealt[view.part] += len(units)
         if mine or view.collective:
-            pieces.append(Piece(view, mine, view.heads_per_group // cuts))
+            pieces.append(Piece(view, mine, view.heads_per_group // n))
     return pieces
 
 
@@ -95,7 +110,7 @@ def _cuts(heads: int, wanted: float) -> int:
 
 def batches(
     pieces: list[Piece],
-    read: list[tuple[torch.Tensor, torch.Tensor]],
+    read: list[tuple[list[torch.Tensor], list[torch.Tensor]]],
     heads: int,
     groups: int,
 ) -> list[Batch]:
@@ -107,23 +122,26 @@ def batches(
         heads, groups: of a layer of the whole model.
     """
     alike: dict[tuple, list[int]] = {}
-    for i, (piece, (query, key)) in enumerate(zip(pieces, read, strict=True)):
+    device = read[0][0][0].device
+    for i, (piece, ((query, *_), (key, *_))) in enumerate(zip(pieces, read, strict=True)):
         if piece.units:
-            shape = piece.heads_per_unit, *key.shape[1:], query.dtype, key.dtype
+            # queries and keys stand in one tensor: the wider of two formats holds both
+            dtype = torch.promote_types(query.dtype, key.dtype)
+            shape = piece.heads_per_unit, *key.shape[1:], dtype
             alike.setdefault((piece.view.part, shape), []).append(i)
     return [
         Batch(
             part,
             members,
-            _places(((pieces[i].view.layer, pieces[i].heads) for i in members), heads, read),
-            _places(((pieces[i].view.layer, pieces[i].keys) for i in members), groups, read),
+            _places(((pieces[i].view.layer, pieces[i].heads) for i in members), heads, device),
+            _places(((pieces[i].view.layer, pieces[i].keys) for i in members), groups, device),
         )
         for (part, _), members in alike.items()
     ]
 
 
 def _places(
-    units: Iterator[tuple[int, list[int]]], width: int, read: list[tuple[torch.Tensor, ...]]
+    units: Iterator[tuple[int, list[int]]], width: int, device: torch.device
 ) -> torch.Tensor:
     places = [(layer - 1) * width + unit for layer, numbers in units for unit in numbers]
-    return torch.tensor(places).to(read[0][0].device, non_blocking=True)
+    return torch.tensor(places).to(device, non_blocking=True)

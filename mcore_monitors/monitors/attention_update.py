@@ -6,24 +6,26 @@ records what :mod:`mcore_monitors.catalogue.attention_update` lists, per window.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from ..catalogue import part_name
-from ..signals.direction import directions_of, leading_coefficients
+from ..signals.direction import leading_directions
 from ..signals.rounding import rounding_energy, without_rounding
 from ..signals.spectra import measures
 from ..signals.spike import spike
 from ..signals.update_spectra import (
+    Gram,
     UpdateGrams,
     UpdateSpectra,
+    delta2_spectrum,
     spectra_from_grams,
-    update_grams,
+    stacked_grams,
 )
 from ..views import ModelView
-from ..windows import Grid
+from ..windows import SELDOM, Grid
 from .attention_shares import Batch, batches, share_out
 from .base import Monitor, Readings
 from .persistence import Persistence
@@ -34,28 +36,27 @@ _MEASURES = ("effective_rank", "frobenius", "stable_rank")
 _SPIKE = ("spike_strength", "outliers")
 
 
-def _grams(
-    wq_old: torch.Tensor, wk_old: torch.Tensor, wq_new: torch.Tensor, wk_new: torch.Tensor
-) -> UpdateGrams:
-    """Gram matrices of an update; where weights exist in 16 bits only, without their rounding."""
-    grams = update_grams(wq_old, wk_old, wq_new, wk_new)
-    if wq_new.dtype not in (torch.bfloat16, torch.float16):
+def _grams(olds: Sequence[torch.Tensor], new: torch.Tensor, heads: int) -> UpdateGrams:
+    """Gram matrices of updates, those of one window after those of another.
+
+    Where weights exist in 16 bits only, without their rounding.
+    """
+    grams = stacked_grams(olds, new, heads)
+    if new.dtype not in (torch.bfloat16, torch.float16):
         return grams
-    energies = rounding_energy(wq_old, wq_new), rounding_energy(wk_old, wk_new)
-    return without_rounding(grams, *energies)
+    energies = [rounding_energy(old, new).tensor_split([heads]) for old in olds]
+    return without_rounding(grams, *map(torch.cat, zip(*energies, strict=True)))
 
 
 def _named(matrix: str, *columns: str) -> list[str]:
     return [f"{matrix}_{column}" for column in columns]
 
 
-#: fields of the packed buffer, for each part, and their columns behind the count
+#: fields of the packed buffer, for each part, and their columns behind the count. Those of
+#: ``heads`` are there at every comparison, the others at records (:class:`.Grid`)
 _FIELDS = {
-    "heads": [
-        *_named("delta2", *_MEASURES),
-        *_named("delta3", *_MEASURES),
-        *_named("query_update", *_MEASURES, *_SPIKE),
-    ],
+    "heads": _named("delta2", *_MEASURES),
+    "records": [*_named("delta3", *_MEASURES), *_named("query_update", *_MEASURES, *_SPIKE)],
     "groups": _named("key_update", *_MEASURES, *_SPIKE),
     "persistence": ["delta2_direction_overlap", "persistent_spike"],
 }
@@ -81,7 +82,9 @@ class AttentionUpdateMonitor(Monitor):
         model: what the host shows.
         windows: window lengths in iterations, each a multiple of ``interval``.
         interval: iterations between samples.
-        judged: windows that a rule judges (:class:`mcore_monitors.windows.Grid`); None for all.
+        judged: windows that a rule judges; None: all is computed at every sample.
+        every: samples from one record to the next of what no rule judges
+            (:class:`mcore_monitors.windows.Grid`): other windows, and all but Δ2.
         parts: all parts (:attr:`.AttentionView.part`) that any rank's views have.
         collective: whether reading any rank's view needs other ranks.
         snapshots: where earlier weights are kept.
@@ -96,17 +99,19 @@ class AttentionUpdateMonitor(Monitor):
         interval: int,
         *,
         judged: Sequence[int] | None = None,
+        every: int = SELDOM,
         parts: Sequence[str] = ("",),
         collective: bool = False,
         snapshots: Literal["device", "host"] = "device",
     ) -> None:
         self.collective = collective
         self._layers, self._heads, self._groups = model.layers, model.heads, model.groups
-        self._grid = Grid(windows, interval, judged)
+        self._grid = Grid(windows, interval, judged, every)
         self._windows = self._grid.windows
         self._parts = sorted(parts)
         self._pieces = share_out(model.attention)
         self._batches: list[Batch] | None = None
+        self._places: dict[tuple, torch.Tensor] = {}
         self._place, self._device = snapshots, model.device
         self.restart()
 
@@ -130,15 +135,14 @@ class AttentionUpdateMonitor(Monitor):
 
     @torch.no_grad()
     def _read(self) -> list[torch.Tensor]:
-        """This rank's weights as they are now: W_q [H, d, D] and W_k [G, d, D] of each batch."""
+        """This rank's weights as they are now: of each batch W_q and then W_k, [H + G, d, D]."""
         read = [piece.read() for piece in self._pieces]
         if self._batches is None:
             self._batches = batches(self._pieces, read, self._heads, self._groups)
         # cat copies, so a snapshot does not follow the live parameters
         return [
-            torch.cat([read[i][side] for i in batch.members])
+            torch.cat([view for side in (0, 1) for i in batch.members for view in read[i][side]])
             for batch in self._batches
-            for side in (0, 1)
         ]
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
@@ -149,66 +153,90 @@ class AttentionUpdateMonitor(Monitor):
             return
         new = self._read()
         if ready:
-            for number, batch in enumerate(self._batches or ()):
-                self._compare(batch, number, ready, iteration, new, fields)
+            for number, weights in enumerate(new):
+                self._compare(number, ready, iteration, weights, fields)
         self._snapshots.drop(lambda kept: not self._grid.is_needed(kept, iteration))
         if keep:
             self._snapshots.keep(iteration, new)
 
     def _compare(
         self,
-        batch: Batch,
         number: int,
         ready: list[int],
         iteration: int,
-        new: list[torch.Tensor],
+        new: torch.Tensor,
         fields: dict[str, torch.Tensor],
     ) -> None:
-        """Add one batch's signals of all windows that are ready into ``fields``.
+        """Add the signals of batch ``number`` of all windows that are ready into ``fields``.
 
-        All windows go through one call of the eigensolver, which on a GPU waits for the device.
+        All windows of which the same is wanted go through one call of the eigensolver, which on a
+        GPU waits for the device.
         """
+        batch = self._batches[number]
+        heads = len(batch.heads)
+        record = [w for w in ready if iteration % self._grid.record(w) == 0]
+        plain = [w for w in ready if w not in record]
+        if plain:
+            olds = [self._snapshots.get(iteration - window, number) for window in plain]
+            delta2 = _measured(delta2_spectrum(_grams(olds, new, heads)))
+            self._add(fields, f"heads/{batch.part}", plain, batch.heads, _block(delta2))
+        if record:
+            olds = [self._snapshots.get(iteration - window, number) for window in record]
+            grams = _grams(olds, new, heads)
+            found = _Columns(spectra_from_grams(grams), hidden=new.shape[-1])
+            self._add(fields, f"heads/{batch.part}", record, batch.heads, found.delta2)
+            self._add(fields, f"records/{batch.part}", record, batch.heads, found.of_heads)
+            self._add(fields, f"groups/{batch.part}", record, batch.groups, found.of_groups)
+            outliers = found.outliers.unflatten(0, (len(record), heads))
+            for i, window in enumerate(record):
+                if iteration % self._grid.period(window) == 0:
+                    of_window = UpdateGrams(*(_part(gram, i, len(record)) for gram in grams))
+                    seen = of_window, olds[i], new, outliers[i]
+                    self._persist(number, window, iteration, seen, fields)
 
-        def weights(window: int) -> tuple[torch.Tensor, ...]:
-            places = 2 * number, 2 * number + 1
-            old = (self._snapshots.get(iteration - window, place) for place in places)
-            return *old, *(new[place] for place in places)
+    def _persist(
+        self,
+        number: int,
+        window: int,
+        iteration: int,
+        seen: tuple[UpdateGrams, torch.Tensor, torch.Tensor, torch.Tensor],
+        fields: dict[str, torch.Tensor],
+    ) -> None:
+        """Hold the directions of one batch and window against those of one period ago.
 
-        grams = {window: _grams(*weights(window)) for window in ready}
-        spectra = spectra_from_grams(_joined(grams.values()))
-        found = _Columns(spectra, hidden=new[2 * number].shape[-1])
-        for field, places, block in (
-            (f"heads/{batch.part}", batch.heads, found.of_heads),
-            (f"groups/{batch.part}", batch.groups, found.of_groups),
-        ):
-            for window, rows in zip(ready, block.chunk(len(ready)), strict=True):
-                self._add(fields[field], window, places, rows)
-
-        outliers = dict(zip(ready, found.outliers.chunk(len(ready)), strict=True))
-        apart = [window for window in ready if iteration % self._grid.period(window) == 0]
-        if not apart:
-            return
-        coefficients = leading_coefficients(_joined(grams[window] for window in apart))
-        by_window = zip(*(side.chunk(len(apart)) for side in coefficients), strict=True)
-        for window, sides in zip(apart, by_window, strict=True):
-            kept = self._persistence.update(
-                number,
-                window,
-                self._grid.period(window),
-                iteration,
-                directions_of(sides, *weights(window)),
-                outliers[window],
-            )
-            if kept is not None:
-                field = fields[f"persistence/{batch.part}"]
-                self._add(field, window, batch.heads, _block(torch.stack(kept, dim=1)))
+        Args:
+            seen: Gram matrices, weights then and now, outlying values of each head.
+        """
+        grams, old, new, outliers = seen
+        batch = self._batches[number]
+        weights = (w for side in (old, new) for w in side.tensor_split([len(batch.heads)]))
+        direction = leading_directions(grams, *weights)
+        period = self._grid.period(window)
+        kept = self._persistence.update(number, window, period, iteration, direction, outliers)
+        if kept is not None:
+            block = _block(torch.stack(kept, dim=1))
+            self._add(fields, f"persistence/{batch.part}", [window], batch.heads, block)
 
     def _add(
-        self, field: torch.Tensor, window: int, places: torch.Tensor, rows: torch.Tensor
+        self,
+        fields: dict[str, torch.Tensor],
+        name: str,
+        windows: list[int],
+        places: torch.Tensor,
+        rows: torch.Tensor,
     ) -> None:
-        """Add rows [n, columns] to their places in a field [windows, layers, units, columns]."""
-        flat = field[self._windows.index(window)].view(-1, field.shape[-1])
-        flat.index_add_(0, places, rows)
+        """Add rows [windows × n, columns] to a field [windows, layers, units, columns].
+
+        Args:
+            places: [n], of each row of a window in a flat [layers × units].
+        """
+        field = fields[name]
+        key = name, tuple(windows), id(places)
+        if key not in self._places:
+            of_window = field[0, ..., 0].numel()
+            starts = [of_window * self._windows.index(window) for window in windows]
+            self._places[key] = torch.cat([places + start for start in starts])
+        field.view(-1, field.shape[-1]).index_add_(0, self._places[key], rows)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings: Readings = {}
@@ -224,19 +252,19 @@ class AttentionUpdateMonitor(Monitor):
         """
         readings: Readings = {}
         count = field[..., 0]
-        values = (field[..., 1:] / count[..., None]).movedim(-1, 1)
+        there = (count != 0).any(dim=2).tolist()  # true for NaN: what is broken is not absent
         for i, window in enumerate(self._windows):
-            layers = [n for n, units in enumerate(count[i].tolist(), start=1) if any(units)]
+            layers = [n for n, seen in enumerate(there[i]) if seen]
             if not layers:
                 continue
-            for name, by_layer in zip(names, values[i], strict=True):
-                rows = by_layer.tolist()
+            values = (field[i, ..., 1:] / count[i, ..., None]).movedim(-1, 0)
+            rows = dict(zip(names, values.tolist(), strict=True))
+            for name in [name for name in names if name.endswith("effective_rank")]:
+                entropy = name.replace("effective_rank", "spectral_entropy")
+                rows[entropy] = values[names.index(name)].log().tolist()
+            for name, by_layer in rows.items():
                 signal = f"{part_name(f'attention/{name}', part)}@{window}"
-                readings[signal] = {n: rows[n - 1] for n in layers}
-                if name.endswith("effective_rank"):
-                    entropy = by_layer.log().tolist()
-                    signal = signal.replace("effective_rank", "spectral_entropy")
-                    readings[signal] = {n: entropy[n - 1] for n in layers}
+                readings[signal] = {n + 1: by_layer[n] for n in layers}
         return readings
 
 
@@ -244,19 +272,21 @@ class _Columns:
     """What is recorded of the spectra of some heads and groups, as columns behind a count.
 
     Attributes:
-        of_heads: [H, 1 + columns of a head].
-        of_groups: [G, 1 + columns of a group].
+        delta2, of_heads: [H, 1 + columns].
+        of_groups: [G, 1 + columns].
         outliers: [H], outlying singular values of ΔW_q.
     """
 
     def __init__(self, spectra: UpdateSpectra, hidden: int) -> None:
-        # Δ3, ΔW_q and ΔW_k have spectra of one length: what is done to all is done in one go.
-        heads, groups = len(spectra.query), len(spectra.key)
+        # Few calls on many rows: a zero is no direction, so Δ2's rows can be the others' length.
+        heads, groups, d = len(spectra.query), *spectra.key.shape
         singles = torch.cat([spectra.query, spectra.key, spectra.delta3])
-        query, key, delta3 = _measured(singles).split([heads, groups, heads])
+        rows = torch.cat([torch.nn.functional.pad(singles, (0, d)), spectra.delta2])
+        query, key, delta3, delta2 = _measured(rows).split([heads, groups, heads, heads])
         noise = torch.stack(spike(singles[: heads + groups], hidden), dim=1)
         in_query, in_key = noise.split([heads, groups])
-        self.of_heads = _block(_measured(spectra.delta2), delta3, query, in_query)
+        self.delta2 = _block(delta2)
+        self.of_heads = _block(delta3, query, in_query)
         self.of_groups = _block(key, in_key)
         self.outliers = in_query[:, _SPIKE.index("outliers")]
 
@@ -267,11 +297,11 @@ def _measured(squared: torch.Tensor) -> torch.Tensor:
     return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
 
 
+def _part(gram: Gram, number: int, of: int) -> Gram:
+    """One of so many equal parts of the matrices of a :class:`Gram`."""
+    return Gram(*(block.chunk(of)[number] for block in gram))
+
+
 def _block(*columns: torch.Tensor) -> torch.Tensor:
     """A count of one in front of columns [n, any], side by side."""
     return torch.cat([torch.ones_like(columns[0][:, :1]), *columns], dim=1)
-
-
-def _joined(grams: Iterable[UpdateGrams]) -> UpdateGrams:
-    """The Gram matrices of several windows as those of so many more heads."""
-    return UpdateGrams(*(torch.cat(side) for side in zip(*grams, strict=True)))

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .update_spectra import UpdateGrams
+from .update_spectra import UpdateGrams, of_heads
 
 #: Directions that are compared.
 COUNT = 2
@@ -110,35 +110,41 @@ def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z: z are the leading eigenvectors of the small product, and
     Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z. Needs no weights, so many windows may go through one call.
     """
-    query, key = grams.query.whole(update_first=True), grams.key.whole(update_first=False)
-    key = key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-    length = query.diagonal(dim1=1, dim2=2).sqrt()
-    divisor = torch.where(length > 0, length, 1.0)
+    heads, d = grams.query.update.shape[:2]
+    query = grams.query.update, grams.query.cross, grams.query.weight
+    key = tuple(
+        of_heads(block, heads) for block in (grams.key.weight, grams.key.cross.mT, grams.key.update)
+    )
+    diagonals = [block.diagonal(dim1=1, dim2=2) for block in (query[0], query[2])]
     # Rows of A in unit length, so that small ΔW rows and large W rows stand on one scale, as the
-    # rows of B do after it; unit trace against underflow.
-    query = query / (divisor[:, :, None] * divisor[:, None, :])
-    key = _unit_trace(key * (length[:, :, None] * length[:, None, :]))
-    finite = (query.isfinite() & key.isfinite()).flatten(1).all(1)[:, None, None]
-    query, key = torch.where(finite, query, 0.0), torch.where(finite, key, 0.0)
+    # rows of B do that are multiplied by the lengths.
+    length = torch.cat(diagonals, dim=1).sqrt().unsqueeze(2)
+    inverse = torch.where(length == 0, 1.0, 1 / length)
 
-    n = query.shape[1]
-    place = torch.arange(n, dtype=query.dtype, device=query.device) + 0.5
-    wave = torch.arange(1, min(_VECTORS, n) + 1, dtype=query.dtype, device=query.device)
-    z = torch.cos(math.pi / n * place[:, None] * (wave - 0.5)).expand(query.shape[0], -1, -1)
+    place = torch.arange(2 * d, dtype=length.dtype, device=length.device) + 0.5
+    wave = torch.arange(1, min(_VECTORS, 2 * d) + 1, dtype=length.dtype, device=length.device)
+    z = torch.cos(math.pi / (2 * d) * place[:, None] * (wave - 0.5)).expand(heads, -1, -1)
     for _ in range(_PASSES):
-        z = torch.linalg.qr(key @ (query @ z)).Q
+        z = torch.linalg.qr(length * _times(key, _times(query, inverse * z))).Q
 
     # Within the subspace: largest cᵀ Zᵀ A' (B B') A Z c against cᵀ Zᵀ (A A') Z c.
-    image = query @ z
-    inner = _unit_trace(z.mT @ image)
-    outer = image.mT @ (key @ image)
-    inner.diagonal(dim1=1, dim2=2).add_(8 * n * torch.finfo(inner.dtype).eps)
+    image = _times(query, inverse * z)
+    inner = _unit_trace((inverse * z).mT @ image)
+    outer = image.mT @ _times(key, image)
+    inner.diagonal(dim1=1, dim2=2).add_(16 * d * torch.finfo(inner.dtype).eps)
     factor, _ = torch.linalg.cholesky_ex(inner)
     half = torch.linalg.solve_triangular(factor, outer, upper=False)
     ritz = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     c = torch.linalg.solve_triangular(factor.mT, _leading_vectors(ritz), upper=True)
-    left, right = (z @ c).mT / divisor[:, None], (image @ c).mT * length[:, None]
-    return torch.where(finite, left, torch.nan), torch.where(finite, right, torch.nan)
+    return (inverse * (z @ c)).mT, (image @ c).mT
+
+
+def _times(gram: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
+    """[first across; acrossᵀ last] x, from the blocks [n, d, d] and x [n, 2d, k]."""
+    first, across, last = gram
+    top, bottom = x.chunk(2, dim=1)
+    above = torch.baddbmm(first @ top, across, bottom)
+    return torch.cat([above, torch.baddbmm(across.mT @ top, last, bottom)], dim=1)
 
 
 def _leading_vectors(symmetric: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ is the symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the fac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -141,10 +141,28 @@ def update_grams(
 
 
 @torch.no_grad()
-def stacked_grams(old: Tensor, new: Tensor, heads: int) -> UpdateGrams:
-    """As :func:`update_grams` in float64, for queries and keys in one tensor [H + G, d, D]."""
-    sides = (block.tensor_split([heads]) for block in _gram(old, new, torch.float64))
-    return UpdateGrams(*(Gram(*blocks) for blocks in zip(*sides, strict=True)))
+def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGrams:
+    """As :func:`update_grams` in float64, for weights that stand in one tensor.
+
+    Args:
+        olds: earlier weights, each [H + G, d, D]: query projections and then key projections.
+        new: [H + G, d, D], what all of them are compared with.
+        heads: H.
+
+    Returns:
+        Gram matrices of len(olds) × H heads and as many groups, one comparison after the other.
+    """
+    d, times = new.shape[1], len(olds)
+    shape = times, len(new)
+    upper = torch.empty(*shape, d, 2 * d, dtype=torch.float64, device=new.device)
+    lower = torch.empty(*shape, d, d, dtype=torch.float64, device=new.device)
+    for old, *into in zip(olds, upper, lower, strict=True):
+        _multiply(old, new, *into)
+    sides = (
+        [block[:, part].flatten(0, 1) for block in (upper[..., :d], upper[..., d:], lower)]
+        for part in (slice(heads), slice(heads, None))
+    )
+    return UpdateGrams(*(Gram(*blocks) for blocks in sides))
 
 
 @torch.no_grad()
@@ -163,7 +181,7 @@ def spectra_from_grams(
     singles = torch.empty(
         2 * heads + len(key.update), *first.shape[1:], dtype=first.dtype, device=first.device
     )
-    torch.bmm(first @ _of_heads(key.update, heads), first.mT, out=singles[:heads])
+    torch.bmm(first @ of_heads(key.update, heads), first.mT, out=singles[:heads])
     singles[heads : 2 * heads] = query.update
     singles[2 * heads :] = key.update
     d3, q, k = _eigenvalues_of(singles).tensor_split([heads, 2 * heads])
@@ -211,16 +229,23 @@ def _no_reduced_precision() -> Iterator[None]:
 
 def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
     """Gram matrices of [ΔW; W], W the old weight."""
-    n, d, hidden = old.shape
-    limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
-    step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
-    step = next(size for size in range(step, 0, -1) if n % size == 0)
-    # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
+    n, d, _ = old.shape
     upper = torch.empty(n, d, 2 * d, dtype=dtype, device=old.device)
     lower = torch.empty(n, d, d, dtype=dtype, device=old.device)
+    _multiply(old, new, upper, lower)
+    upper = upper.double()
+    return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
+
+
+def _multiply(old: Tensor, new: Tensor, upper: Tensor, lower: Tensor) -> None:
+    """The upper half [n, d, 2d] of [ΔW; W][ΔW; W]ᵀ and its lower right block [n, d, d]."""
+    n, d, hidden = old.shape
+    limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
+    step = max(1, min(n, limit // max(1, 2 * d * hidden * upper.itemsize)))
+    step = next(size for size in range(step, 0, -1) if n % size == 0)
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
-    both = torch.empty(step, 2 * d, hidden + _GAP, dtype=dtype, device=old.device)[:, :, :hidden]
+    both = upper.new_empty(step, 2 * d, hidden + _GAP)[:, :, :hidden]
     update, weight = both[:, :d], both[:, d:]
     both_t, weight_t = both.mT, weight.mT
     pieces = (tensor.split(step) for tensor in (old, new, upper, lower))
@@ -229,8 +254,6 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
         update.copy_(now).sub_(weight)
         torch.bmm(update, both_t, out=first)
         torch.bmm(weight, weight_t, out=second)
-    upper = upper.double()
-    return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
 
 
 def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -251,7 +274,7 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     first.diagonal(dim1=1, dim2=2).sub_(still)
     last.diagonal(dim1=1, dim2=2).sub_(absent)
 
-    update, cross, weight = (_of_heads(block, heads) for block in key)
+    update, cross, weight = (of_heads(block, heads) for block in key)
     left = torch.baddbmm(first @ weight, across, cross)
     right = torch.baddbmm(first @ cross.mT, across, update)
     delta2 = torch.empty(heads, 2 * d, 2 * d, dtype=left.dtype, device=left.device)
@@ -261,7 +284,7 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return first, delta2
 
 
-def _of_heads(block: Tensor, heads: int) -> Tensor:
+def of_heads(block: Tensor, heads: int) -> Tensor:
     """Each head's own: [heads, d, d] from one a group."""
     repeats = heads // len(block)
     return block if repeats == 1 else block.repeat_interleave(repeats, dim=0)
