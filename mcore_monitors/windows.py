@@ -2,11 +2,13 @@
 
 A window of ``W`` iterations compares weights with those of ``W`` iterations ago, at every multiple
 of its *stride*. The stride grows with the window, so that a window never needs more than
-:data:`SNAPSHOTS` earlier weights, however long it is. What no rule judges is there to be looked at,
-and computed at every fifth sample only: all of the windows that no rule judges, and of a judged
-window all but Δ2. Windows of 10, 50 (judged) and 200 at interval 10 are compared every 50, 10 and
-50 iterations, and 8 snapshots serve all three instead of 20. Everything counts absolute iterations,
-so a resumed run goes on with the same grid.
+:data:`SNAPSHOTS` earlier weights, however long it is.
+
+What no rule judges is there to be looked at, and computed at every fifth sample only: of a judged
+window all but Δ2, and the windows that no rule judges, one after the other, so that no sample has
+to compare them all. Windows of 10, 50 (judged) and 200 at interval 10 are compared every 100, 10
+and 100 iterations, and few snapshots serve all three instead of 20. Everything counts absolute
+iterations, so a resumed run goes on with the same grid.
 """
 
 from __future__ import annotations
@@ -69,23 +71,23 @@ class Grid:
         every: int = SELDOM,
     ) -> None:
         self.windows, self.interval = sorted(set(windows)), interval
-        self._strides, self._records, self._periods = {}, {}, {}
         seldom = interval * (1 if judged is None else every)
+        rest = [w for w in self.windows if judged is not None and w not in judged]
+        self._strides, self._records, self._periods = {}, {}, {}
+        #: iterations by which the comparisons of a window lie behind the multiples of its stride
+        self._behind = dict.fromkeys(self.windows, 0)
         for window in self.windows:
             stride = judged_stride(window, interval)
-            if judged is not None and window not in judged:
-                stride = max(stride, seldom)
-            record = _multiple(stride, seldom)
-            self._strides[window], self._records[window] = stride, record
-            self._periods[window] = _multiple(record, max(window, _APART * interval))
+            if window in rest:
+                stride = _multiple(seldom * len(rest), stride)
+                self._behind[window] = seldom * rest.index(window)
+            self._strides[window] = stride
+            self._records[window] = _multiple(stride, seldom)
+            self._periods[window] = _multiple(self._records[window], max(window, _APART * interval))
 
     def stride(self, window: int) -> int:
         """Iterations between two comparisons of a window."""
         return self._strides[window]
-
-    def record(self, window: int) -> int:
-        """Iterations between two comparisons at which all is computed, a multiple of the stride."""
-        return self._records[window]
 
     def period(self, window: int) -> int:
         """Iterations between two records that share no step, fit to tell what persists."""
@@ -93,12 +95,23 @@ class Grid:
 
     def compared(self, iteration: int) -> list[int]:
         """The windows that are compared at an iteration."""
-        return [window for window in self.windows if iteration % self._strides[window] == 0]
+        return [w for w in self.windows if self._is_turn(w, iteration, self._strides)]
+
+    def is_record(self, window: int, iteration: int) -> bool:
+        """Whether all is computed at a comparison, not only what a rule judges."""
+        return self._is_turn(window, iteration, self._records)
+
+    def is_apart(self, window: int, iteration: int) -> bool:
+        """Whether a record ends a period."""
+        return self._is_turn(window, iteration, self._periods)
+
+    def _is_turn(self, window: int, iteration: int, distance: dict[int, int]) -> bool:
+        return (iteration - self._behind[window]) % distance[window] == 0
 
     def is_needed(self, snapshot: int, now: int) -> bool:
         """Whether a window will be compared, after ``now``, with the weights of ``snapshot``."""
         return any(
-            snapshot + window > now and (snapshot + window) % self._strides[window] == 0
+            snapshot + window > now and self._is_turn(window, snapshot + window, self._strides)
             for window in self.windows
         )
 

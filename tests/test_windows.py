@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from mcore_monitors.catalogue import is_judged
@@ -34,18 +36,25 @@ def test_strides_are_multiples_that_keep_a_window_to_few_snapshots() -> None:
             assert step == interval or window > SNAPSHOTS * (step - interval)
 
 
-def test_a_window_that_is_not_judged_is_compared_at_every_fifth_sample() -> None:
+def test_windows_that_are_not_judged_take_turns_at_every_fifth_sample() -> None:
     grid = Grid([10, 50, 200], 10, [50])
-    assert [grid.compared(iteration) for iteration in (10, 50, 60)] == [[50], [10, 50, 200], [50]]
-    assert grid.most_snapshots() == 8
-    assert [grid.record(window) for window in grid.windows] == [50, 50, 50]
-    assert Grid([10, 50], 10, [50], every=20).most_snapshots() == 5
+    found = {iteration: grid.compared(iteration) for iteration in range(10, 210, 10)}
+    assert {i: windows for i, windows in found.items() if windows != [50]} == {
+        50: [50, 200],
+        100: [10, 50],
+        150: [50, 200],
+        200: [10, 50],
+    }
+    assert [i for i in found if grid.is_record(50, i)] == [50, 100, 150, 200]
+    assert all(grid.is_record(w, i) for i, windows in found.items() for w in windows if w != 50)
+    assert grid.most_snapshots() == 7
 
 
 def test_all_is_recorded_at_every_comparison_where_all_is_asked_for() -> None:
     grid = Grid([10, 200], 10)
-    assert [grid.record(window) for window in grid.windows] == [10, 40]
-    assert [Grid([50], 10, [50], every).record(50) for every in (1, 3)] == [10, 30]
+    assert all(grid.is_record(10, i) for i in range(10, 410, 10))
+    assert all(grid.is_record(200, i) for i in range(40, 440, 40))
+    assert [Grid([50], 10, [50], every).is_record(50, 40) for every in (1, 3)] == [True, False]
 
 
 @pytest.mark.parametrize("judged", [None, [70], []])
@@ -64,8 +73,10 @@ def test_periods_share_no_step_and_lie_on_the_grid() -> None:
         grid = Grid([10, 50, 70, 200], 10, judged)
         for window in grid.windows:
             assert grid.period(window) >= window
-            assert grid.period(window) % grid.record(window) == 0
-            assert grid.record(window) % grid.stride(window) == 0
+            assert grid.period(window) % grid.stride(window) == 0
+            apart = [i for i in range(10, 4000, 10) if grid.is_apart(window, i)]
+            assert all(grid.is_record(window, i) for i in apart)
+            assert {b - a for a, b in pairwise(apart)} == {grid.period(window)}
 
 
 def test_window_and_judgement_from_a_name() -> None:

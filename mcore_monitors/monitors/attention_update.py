@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from ..catalogue import part_name
-from ..signals.direction import leading_directions
+from ..signals.direction import directions_of, leading_coefficients
 from ..signals.rounding import rounding_energy, without_rounding
 from ..signals.spectra import measures
 from ..signals.spike import spike
@@ -174,7 +174,7 @@ class AttentionUpdateMonitor(Monitor):
         """
         batch = self._batches[number]
         heads = len(batch.heads)
-        record = [w for w in ready if iteration % self._grid.record(w) == 0]
+        record = [w for w in ready if self._grid.is_record(w, iteration)]
         plain = [w for w in ready if w not in record]
         if plain:
             olds = [self._snapshots.get(iteration - window, number) for window in plain]
@@ -187,35 +187,48 @@ class AttentionUpdateMonitor(Monitor):
             self._add(fields, f"heads/{batch.part}", record, batch.heads, found.delta2)
             self._add(fields, f"records/{batch.part}", record, batch.heads, found.of_heads)
             self._add(fields, f"groups/{batch.part}", record, batch.groups, found.of_groups)
-            outliers = found.outliers.unflatten(0, (len(record), heads))
-            for i, window in enumerate(record):
-                if iteration % self._grid.period(window) == 0:
-                    of_window = UpdateGrams(*(_part(gram, i, len(record)) for gram in grams))
-                    seen = of_window, olds[i], new, outliers[i]
-                    self._persist(number, window, iteration, seen, fields)
+            self._persist(number, record, iteration, grams, olds, new, found.outliers, fields)
 
     def _persist(
         self,
         number: int,
-        window: int,
+        windows: list[int],
         iteration: int,
-        seen: tuple[UpdateGrams, torch.Tensor, torch.Tensor, torch.Tensor],
+        grams: UpdateGrams,
+        olds: list[torch.Tensor],
+        new: torch.Tensor,
+        outliers: torch.Tensor,
         fields: dict[str, torch.Tensor],
     ) -> None:
-        """Hold the directions of one batch and window against those of one period ago.
+        """Hold the directions of one batch against those of one period ago, where that is over.
 
         Args:
-            seen: Gram matrices, weights then and now, outlying values of each head.
+            grams: Gram matrices of all ``windows``.
+            olds, new: weights then, of each window, and now.
+            outliers: [windows × H], outlying values of each head.
         """
-        grams, old, new, outliers = seen
-        batch = self._batches[number]
-        weights = (w for side in (old, new) for w in side.tensor_split([len(batch.heads)]))
-        direction = leading_directions(grams, *weights)
-        period = self._grid.period(window)
-        kept = self._persistence.update(number, window, period, iteration, direction, outliers)
-        if kept is not None:
-            block = _block(torch.stack(kept, dim=1))
-            self._add(fields, f"persistence/{batch.part}", [window], batch.heads, block)
+        apart = [i for i, w in enumerate(windows) if self._grid.is_apart(w, iteration)]
+        if not apart:
+            return
+        batch, times = self._batches[number], len(windows)
+        heads = len(batch.heads)
+        if len(apart) < times:
+            grams = UpdateGrams(*(_parts(gram, apart, times) for gram in grams))
+        left, right = (side.split(heads) for side in leading_coefficients(grams))
+        for n, i in enumerate(apart):
+            weights = (w for side in (olds[i], new) for w in side.tensor_split([heads]))
+            kept = self._persistence.update(
+                number,
+                windows[i],
+                self._grid.period(windows[i]),
+                iteration,
+                directions_of((left[n], right[n]), *weights),
+                outliers.split(heads)[i],
+            )
+            if kept is not None:
+                block = _block(torch.stack(kept, dim=1))
+                name = f"persistence/{batch.part}"
+                self._add(fields, name, [windows[i]], batch.heads, block)
 
     def _add(
         self,
@@ -297,9 +310,9 @@ def _measured(squared: torch.Tensor) -> torch.Tensor:
     return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
 
 
-def _part(gram: Gram, number: int, of: int) -> Gram:
-    """One of so many equal parts of the matrices of a :class:`Gram`."""
-    return Gram(*(block.chunk(of)[number] for block in gram))
+def _parts(gram: Gram, numbers: list[int], of: int) -> Gram:
+    """Some of so many equal parts of the matrices of a :class:`Gram`."""
+    return Gram(*(torch.cat([block.chunk(of)[n] for n in numbers]) for block in gram))
 
 
 def _block(*columns: torch.Tensor) -> torch.Tensor:
