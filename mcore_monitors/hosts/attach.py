@@ -74,6 +74,8 @@ def build_monitors(
                 model,
                 every_step=wanted.router.tokens == "all",
                 collective=gathered_routers,
+                interval=config.interval,
+                every=wanted.router.every,
             ),
         ),
         "conservation": (
@@ -86,7 +88,12 @@ def build_monitors(
             wanted.attention_activity.enabled,
             bool(model.activity),
             "attention whose logits can be made again",
-            lambda: AttentionActivityMonitor(model, wanted.attention_activity.queries),
+            lambda: AttentionActivityMonitor(
+                model,
+                wanted.attention_activity.queries,
+                interval=config.interval,
+                every=wanted.attention_activity.every,
+            ),
         ),
         "optimizer": (
             wanted.optimizer.enabled,

@@ -1,15 +1,16 @@
 """Attention activity: largest logits and entropy of each head, from sampled queries.
 
-Records what :mod:`mcore_monitors.catalogue.attention_activity` lists.
+Records what :mod:`mcore_monitors.catalogue.attention_activity` lists. No rule judges it, so it is
+looked at in one sample out of several.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..signals.attention import attention_activity
+from ..signals.attention import attention_activity, causal_bias
 from ..views import AttentionCall, ModelView
-from .base import Monitor, Readings, mean_by_layer
+from .base import Monitor, Readings, Rhythm, mean_by_layer
 
 
 class AttentionActivityMonitor(Monitor):
@@ -18,25 +19,37 @@ class AttentionActivityMonitor(Monitor):
     Args:
         model: what the host shows; ``model.activity`` names the local layers and heads.
         queries: how many queries of each sequence are looked at.
+        interval: iterations between samples.
+        every: looked at in one sample out of this many, the first one included.
     """
 
     name = "attention_activity"
 
-    def __init__(self, model: ModelView, queries: int) -> None:
+    def __init__(
+        self, model: ModelView, queries: int, *, interval: int = 1, every: int = 1
+    ) -> None:
         self._shape = (model.layers, model.heads)
         self._queries = queries
         self._views = model.activity
+        self._rhythm = Rhythm(interval, every)
         # rows: largest logit, entropy; sequences are counted on the host, where their number is
         self._sums = {
             layer: torch.zeros(2, view.heads, dtype=torch.float64, device=model.device)
             for layer, view in model.activity.items()
         }
         self._sequences = dict.fromkeys(model.activity, 0)
+        #: the causal mask of the last sequence length
+        self._mask: torch.Tensor | None = None
 
     def restart(self) -> None:
+        self._rhythm.restart()
+        self._clear()
+
+    def _clear(self) -> None:
         for layer, sums in self._sums.items():
-            sums.zero_()
-            self._sequences[layer] = 0
+            if self._sequences[layer]:
+                sums.zero_()
+                self._sequences[layer] = 0
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(("max_logit", "entropy", "sequences"), self._shape)
@@ -47,24 +60,32 @@ class AttentionActivityMonitor(Monitor):
         Raises:
             ValueError: it holds packed sequences, whose borders the logits would cross.
         """
+        if not self._rhythm.expected:
+            return
         if call.packed is not None or call.layout == "thd":
             raise ValueError("packed sequences are not supported; turn this monitor off")
         query = call.arranged(call.query.detach(), call.heads)
         key = call.arranged(call.key.detach(), call.groups)
+        length = query.shape[0]
+        if self._mask is None or self._mask.shape[1] != length:
+            self._mask = causal_bias(length, self._queries, query.device)
         found = attention_activity(
-            query, key, scale=self._views[layer].scale, queries=self._queries
+            query, key, scale=self._views[layer].scale, queries=self._queries, bias=self._mask
         )
-        self._sums[layer][0] += found.max_logit
-        self._sums[layer][1] += found.entropy
+        sums = self._sums[layer]
+        sums[0] += found.max_logit
+        sums[1] += found.entropy
         self._sequences[layer] += query.shape[1]
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        for layer, view in self._views.items():
-            place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
-            fields["max_logit"][place] += self._sums[layer][0]
-            fields["entropy"][place] += self._sums[layer][1]
-            fields["sequences"][place] += self._sequences[layer]
-        self.restart()
+        if self._rhythm.begin(iteration):
+            for layer, view in self._views.items():
+                if self._sequences[layer]:
+                    place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
+                    fields["max_logit"][place] += self._sums[layer][0]
+                    fields["entropy"][place] += self._sums[layer][1]
+                    fields["sequences"][place] += self._sequences[layer]
+        self._clear()
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         count = fields["sequences"]

@@ -30,6 +30,33 @@ class StepState:
     armed: bool = False
 
 
+class Rhythm:
+    """At which samples a monitor reads what no rule judges: the first one and every n-th after it.
+
+    Samples are told by absolute iterations, so that a resumed run goes on with the same ones.
+
+    Args:
+        interval: iterations between samples.
+        every: one sample out of this many.
+    """
+
+    def __init__(self, interval: int = 1, every: int = 1) -> None:
+        self._interval, self._every = interval, every
+        #: whether the sample that is being prepared is one of them, as far as is known: true until
+        #: the first sample says where in the run we are
+        self.expected = True
+
+    def begin(self, iteration: int) -> bool:
+        """At a sample: whether it is one of them."""
+        turn = iteration // self._interval
+        self.expected = turn % self._every == 0  # the next one: turn + 1
+        return (turn - 1) % self._every == 0
+
+    def restart(self) -> None:
+        """Training goes on from an iteration that is not known here."""
+        self.expected = True
+
+
 class Monitor(ABC):
     """One family of signals on one rank."""
 
@@ -63,6 +90,6 @@ def mean_by_layer(total: torch.Tensor, count: torch.Tensor) -> dict[int, list[fl
     Returns:
         layer number (from 1) to one mean per unit; a unit without a count is NaN.
     """
-    mean = total / count
-    seen = (count != 0).any(dim=1)  # true for NaN: what is broken must not pass as empty
-    return {i + 1: mean[i].tolist() for i in range(total.shape[0]) if seen[i]}
+    mean = (total / count).tolist()
+    seen = (count != 0).any(dim=1).tolist()  # true for NaN: broken must not pass as empty
+    return {i + 1: values for i, values in enumerate(mean) if seen[i]}

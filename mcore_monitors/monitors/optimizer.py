@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..signals.optimizer import SUMS, step_readings, step_sums
+from ..signals.optimizer import SUMS, StepSums, step_readings
 from ..views import ModelView
 from .base import Monitor, Readings
 
@@ -36,26 +36,31 @@ class OptimizerMonitor(Monitor):
         self._layers = model.layers
         self._interval, self._every = interval, every
         self._views = model.optimizer
+        self._sums = StepSums(model.device)
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         return {"sums": (self._layers, len(SUMS))}
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         turn = iteration // self._interval
-        for view in self._views:
-            if (turn + view.layer) % self._every:
-                continue
+        views = [v for v in self._views if (turn + v.layer) % self._every == 0]
+        for view in views:
             state = view.read()
             if state is not None:
-                fields["sums"][view.layer - 1] += step_sums(
-                    state.weight, state.gradient, state.m, state.v, state.made
+                self._sums.add(
+                    view.layer - 1, state.weight, state.gradient, state.m, state.v, state.made
                 )
+        if views:
+            fields["sums"] += self._sums.result(self._layers)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         sums = fields["sums"]
-        readings: Readings = {name: {} for name in NAMES}
-        for layer in range(1, self._layers + 1):
-            if sums[layer - 1, SUMS.index("elements")] > 0:
-                for name, value in zip(NAMES, step_readings(sums[layer - 1]), strict=True):
-                    readings[name][layer] = [value.item()]
-        return {name: layers for name, layers in readings.items() if layers}
+        elements = sums[:, SUMS.index("elements")].tolist()
+        layers = [i for i, n in enumerate(elements) if n > 0]
+        if not layers:
+            return {}
+        columns = [column.tolist() for column in step_readings(sums[layers])]
+        return {
+            name: {i + 1: [value] for i, value in zip(layers, column, strict=True)}
+            for name, column in zip(NAMES, columns, strict=True)
+        }

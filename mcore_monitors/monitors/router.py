@@ -1,46 +1,27 @@
 """Router signals: is the mixture of experts still choosing?
 
 From the weights, one rank a layer: similarity, conditioning and lengths of the expert rows. From
-the logits of all tokens of training since the last sample, on every rank that routes tokens:
-entropy, prediction, router z, margin, load and agreement with the choice without the expert bias.
+the logits of all tokens of training since the last sample, on every rank that routes tokens: the
+entropy; and, at one sample out of ``every``, what no rule judges: quantiles of the entropy, its
+prediction, router z, margin, load and agreement with the choice without the expert bias.
 Formulas in :mod:`mcore_monitors.signals.router`, what each says in
 :mod:`mcore_monitors.catalogue.router`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 
-from ..signals import router as signals
+from ..signals.router import BINS
 from ..views import ModelView
-from .base import Monitor, Readings, mean_by_layer
-from .router_sums import EDGES, SUMS, RouterSums
+from .base import Monitor, Readings, Rhythm
+from .router_read import OF_WEIGHT, RouterReader
+from .router_sums import ALWAYS, EDGES, SUMS, RouterSums
 
-#: quantiles over tokens: suffix of the signal's name to q
-QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
-
-_OF_WEIGHT = {
-    "weight_similarity": signals.weight_similarity,
-    "centred_conditioning": signals.centred_conditioning,
-    "row_norm_spread": signals.row_norm_spread,
-}
-_OF_TOKENS = {
-    "entropy": "routing_entropy",
-    "predicted_entropy": "predicted_entropy",
-    "squared_logsumexp": "z",
-    "mixing_entropy": "mixing_entropy",
-    "margin": "topk_margin",
-    "agreement": "bias_agreement",
-}
-_OF_LOAD = {
-    "load_max_violation": signals.max_violation,
-    "effective_experts": signals.effective_experts,
-    "dead_experts": signals.dead_experts,
-    "underused_experts": signals.underused_experts,
-    "largest_share": signals.largest_share,
-}
+#: elements of weights that are measured together
+_TOGETHER = 2**22
 
 
 class RouterMonitor(Monitor):
@@ -50,19 +31,37 @@ class RouterMonitor(Monitor):
         every_step: whether the tokens of all steps count, or those of sampled steps only; who
             wires :meth:`on_logits` gives this to ``Runtime.guarded``.
         collective: whether reading a weight gathers it on some rank; the same on all.
+        interval: iterations between samples.
+        every: all is told at one sample out of this many, the first one included; at the others
+            the weights' signals and the mean entropy.
     """
 
     name = "router"
 
     def __init__(
-        self, model: ModelView, *, every_step: bool = True, collective: bool = False
+        self,
+        model: ModelView,
+        *,
+        every_step: bool = True,
+        collective: bool = False,
+        interval: int = 1,
+        every: int = 1,
     ) -> None:
         self.every_step, self.collective = every_step, collective
+        self._rhythm = Rhythm(interval, every)
         self._layers, self._experts = model.layers, model.experts
         self._views = model.routers
         self._tokens = RouterSums(model.routers, model.experts, model.device)
-        #: layer to the most loaded expert and for how many samples on end it has been that
-        self._holder: dict[int, tuple[int, int]] = {}
+        self._rows = self._indices([view.layer - 1 for view in model.routers], model.device)
+        # 1 at the sums that every sample has
+        self._always = torch.tensor([float(s in ALWAYS) for s in SUMS]).to(model.device)
+        #: rows of the weights that are measured together, where they are
+        self._measured: dict[tuple[int, ...], torch.Tensor] = {}
+        self._reader = RouterReader()
+
+    @staticmethod
+    def _indices(rows: Sequence[int], device: torch.device) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(device)
 
     @property
     def bytes_per_layer(self) -> int:
@@ -77,15 +76,18 @@ class RouterMonitor(Monitor):
     def schema(self) -> dict[str, tuple[int, ...]]:
         layers = self._layers
         return {
-            **{name: (layers, 1) for name in ("weights_count", *_OF_WEIGHT)},
+            "weights": (layers, len(OF_WEIGHT)),
+            "weights_count": (layers, 1),
             "sums": (layers, len(SUMS)),
-            "upto": (layers, len(EDGES) * signals.BINS),
+            "upto": (layers, len(EDGES), BINS),
             "load": (layers, self._experts),
         }
 
     def restart(self) -> None:
         self._tokens.clear()
-        self._holder.clear()
+        self._rhythm.restart()
+        self._tokens.whole = True
+        self._reader.restart()
 
     def on_logits(
         self,
@@ -106,84 +108,44 @@ class RouterMonitor(Monitor):
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         tokens = self._tokens
+        whole = self._rhythm.begin(iteration)
         tokens.look()
-        for piece, view in enumerate(self._views):
-            row = view.layer - 1
-            fields["sums"][row] += tokens.sums[piece]
-            fields["upto"][row] += tokens.upto[piece].flatten()
-            fields["load"][row] += tokens.load[piece]
-            if view.read is None:
-                continue
-            mine = view.replica.owns(piece)
-            if mine or view.collective:
-                weight = view.read()
-            if mine:
-                for name, signal in _OF_WEIGHT.items():
-                    fields[name][row] += signal(weight)
-                fields["weights_count"][row] += 1
+        if whole and tokens.whole:
+            fields["sums"].index_add_(0, self._rows, tokens.sums)
+            fields["upto"].index_add_(0, self._rows, tokens.counts.upto())
+            fields["load"].index_add_(0, self._rows, tokens.load)
+        else:
+            fields["sums"].index_add_(0, self._rows, tokens.sums * self._always)
+        self._collect_weights(fields)
         tokens.clear()
+        tokens.whole = self._rhythm.expected
+
+    def _collect_weights(self, fields: dict[str, torch.Tensor]) -> None:
+        """Measure this rank's share of the weights, those of one shape together."""
+        alike: dict[torch.Size, dict[int, torch.Tensor]] = {}
+        for piece, view in enumerate(self._views):
+            mine = view.replica.owns(piece)
+            if view.read is None or not (mine or view.collective):
+                continue
+            weight = view.read()
+            if mine:
+                group = alike.setdefault(weight.shape, {})
+                group[view.layer - 1] = weight
+                if len(group) * weight.numel() >= _TOGETHER:
+                    self._measure(alike.pop(weight.shape), fields)
+        for group in alike.values():
+            self._measure(group, fields)
+
+    def _measure(
+        self, weights: dict[int, torch.Tensor], fields: dict[str, torch.Tensor]
+    ) -> None:
+        stack = torch.stack(list(weights.values())).double()
+        found = torch.stack([signal(stack) for signal in OF_WEIGHT.values()], 1)
+        rows = tuple(weights)
+        if rows not in self._measured:  # the same at every sample
+            self._measured[rows] = self._indices(rows, stack.device)
+        fields["weights"].index_add_(0, self._measured[rows], found)
+        fields["weights_count"].index_add_(0, self._measured[rows], torch.ones_like(found[:, :1]))
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
-        readings = {
-            name: mean_by_layer(fields[name], fields["weights_count"]) for name in _OF_WEIGHT
-        }
-        sums = dict(zip(SUMS, fields["sums"].split(1, dim=1), strict=True))
-        upto = dict(zip(EDGES, fields["upto"].split(signals.BINS, dim=1), strict=True))
-        for term, name in _OF_TOKENS.items():
-            readings[name] = mean_by_layer(sums[term], sums[f"{term}_tokens"])
-        readings["prediction_gap"] = {
-            layer: [measured[0] - readings["predicted_entropy"][layer][0]]
-            for layer, measured in readings["routing_entropy"].items()
-        }
-        experts = {
-            layer: round(e[0])
-            for layer, e in mean_by_layer(sums["experts"], sums["tokens"]).items()
-        }
-        # of one expert there is no choice: 0 of 0 nats
-        nats = {layer: math.log(e) if e > 1 else math.nan for layer, e in experts.items()}
-        readings["routing_entropy_normalised"] = {
-            layer: [v / nats[layer] for v in values]
-            for layer, values in readings["routing_entropy"].items()
-        }
-        for suffix, q in QUANTILES.items():
-            share = _quantiles("entropy", upto, sums["tokens"], q)
-            readings[f"routing_entropy_normalised_{suffix}"] = {
-                layer: [v if nats[layer] > 0 else math.nan for v in values]
-                for layer, values in share.items()
-            }
-            readings[f"routing_entropy_{suffix}"] = {
-                layer: [v * nats[layer] for v in values] for layer, values in share.items()
-            }
-        readings["topk_margin_q05"] = _quantiles(
-            "margin", upto, sums["margin_tokens"], 0.05
-        )
-        readings |= self._read_load(fields["load"], experts)
-        return {f"router/{name}": layers for name, layers in readings.items() if layers}
-
-    def _read_load(self, load: torch.Tensor, experts: dict[int, int]) -> Readings:
-        readings: Readings = {name: {} for name in (*_OF_LOAD, "largest_share_held")}
-        for layer, count in experts.items():
-            counts = load[layer - 1, :count]
-            if not counts.sum() > 0:
-                continue
-            for name, signal in _OF_LOAD.items():
-                readings[name][layer] = [signal(counts).item()]
-            readings["largest_share_held"][layer] = [float(self._held(layer, counts))]
-        return readings
-
-    def _held(self, layer: int, load: torch.Tensor) -> int:
-        """For how many samples on end the most loaded expert has been the most loaded one."""
-        expert, samples = self._holder.get(layer, (-1, 0))
-        if expert < 0 or load[expert] < load.max():
-            expert, samples = int(load.argmax()), 0
-        self._holder[layer] = expert, samples + 1
-        return samples + 1
-
-
-def _quantiles(
-    name: str, upto: dict[str, torch.Tensor], count: torch.Tensor, q: float
-) -> dict[int, list[float]]:
-    """One quantile a layer; layers without a token are left out."""
-    edges = torch.tensor(EDGES[name], dtype=torch.float64)
-    values = signals.quantile(upto[name], count.squeeze(1), edges, q)
-    return {i + 1: [float(v)] for i, v in enumerate(values) if count[i, 0] > 0}
+        return self._reader(fields)

@@ -5,7 +5,7 @@ and ranks is added, so that means, quantiles and loads are those of all tokens t
 
 A hook costs one copy: logits wait until there are enough of them, of whatever layers and steps, and
 are looked at together. For a small model, and on a card, the cost of looking is that of starting
-some sixty operations, however many tokens there are.
+a hundred operations, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ from .router_tokens import TERMS, TokenTerms
 #: sums over tokens: of all tokens, of the number of experts once a token, of each term, and for
 #: each term the number of tokens that have it
 SUMS = ("tokens", "experts", *TERMS, *(f"{term}_tokens" for term in TERMS))
+#: those that every sample has
+ALWAYS = ("tokens", "experts", "entropy", "entropy_tokens")
+#: what quantiles are taken of, and the edges of the bins that it is counted in
 EDGES = {"entropy": signals.ENTROPY_EDGES, "margin": signals.MARGIN_EDGES}
 #: bytes of logits that wait on a rank for each kind of router, or one micro-batch if that is more
 WAITING_BYTES = 16 << 20
+
+#: shape of the logits, and what comes with them: padding, expert bias, the host's choice
+_Kind = tuple[torch.Size, bool, bool, bool]
 
 
 class Waiting:
@@ -33,7 +39,8 @@ class Waiting:
 
     Args:
         shape: tokens of a micro-batch, experts.
-        padded, biased: whether they come with padding masks and with an expert bias.
+        padded, biased, chosen: whether they come with padding masks, with an expert bias and with
+            the host's choice.
     """
 
     def __init__(
@@ -43,42 +50,56 @@ class Waiting:
         *,
         padded: bool,
         biased: bool,
+        chosen: bool,
         device: torch.device,
     ) -> None:
         tokens, experts = shape
         self.rule, self.tokens = rule, tokens
         self.slots = max(1, WAITING_BYTES // (4 * tokens * experts))
         self._logits = torch.empty(self.slots, tokens, experts, device=device)
-        self._padding = self._bias = None
+        self._padding = self._bias = self._chosen = None
         if padded:
             self._padding = torch.empty(self.slots, tokens, dtype=torch.bool, device=device)
-        self._index = torch.empty(self.slots, dtype=torch.int64, device=device)
         if biased:  # of the moment: it changes from step to step
             self._bias = torch.empty(self.slots, experts, device=device)
+        if chosen:
+            self._chosen = torch.empty_like(self._logits, dtype=torch.bool)
+        self._index = torch.zeros(self.slots, dtype=torch.int64, device=device)
+        self._rows = [0] * self.slots  # what is in the index: it is written where it changes only
         self.filled = 0
 
     @property
     def nbytes(self) -> int:
         """Device memory."""
-        kept = (self._logits, self._index, self._padding, self._bias)
+        kept = (self._logits, self._index, self._padding, self._bias, self._chosen)
         return sum(t.numel() * t.element_size() for t in kept if t is not None)
 
-    def put(self, row: int, logits: Tensor, padding: Tensor | None, bias: Tensor | None) -> bool:
+    def put(
+        self,
+        row: int,
+        logits: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        chosen: Tensor | None,
+    ) -> bool:
         """Copy one micro-batch; returns whether no other fits in."""
         slot = self.filled
         self._logits[slot].copy_(logits)
-        self._index[slot] = row
         if padding is not None:
             self._padding[slot].copy_(padding)
         if bias is not None:
             self._bias[slot].copy_(bias)
+        if chosen is not None:
+            self._chosen[slot].copy_(chosen)
+        if self._rows[slot] != row:
+            self._index[slot] = self._rows[slot] = row
         self.filled += 1
         return self.filled == self.slots
 
     def take(self) -> list[Tensor | None]:
-        """Rows [n], logits [n, T, E], padding [n, T] and bias [n, E] of what waited."""
+        """What waited: rows [n], logits [n, T, E], padding [n, T], bias [n, E], chosen [n, T, E]."""
         n, self.filled = self.filled, 0
-        parts = (self._index, self._logits, self._padding, self._bias)
+        parts = (self._index, self._logits, self._padding, self._bias, self._chosen)
         return [None if t is None else t[:n] for t in parts]
 
 
@@ -90,25 +111,29 @@ class RouterSums:
         experts: the most experts that any layer has.
 
     Attributes:
+        whole: whether all is added up, or the entropies' sums only; not to be changed in between.
         sums: [routers, len(SUMS)] in the order of ``SUMS``.
-        upto: [routers, 2, bins] tokens whose entropy over ln E, and whose margin, lies up to an
-            edge, see :func:`mcore_monitors.signals.router.count_upto`.
+        counts: of the entropy over ln E and of the margin, for quantiles.
         load: [routers, experts] how often an expert was chosen.
     """
 
     def __init__(self, views: Sequence[RouterView], experts: int, device: torch.device) -> None:
         self._views = {view.layer: (row, view) for row, view in enumerate(views)}
+        self.whole = True
         n = len(views)
         self.sums = torch.zeros(n, len(SUMS), dtype=torch.float64, device=device)
-        self.upto = torch.zeros(n, len(EDGES), signals.BINS, dtype=torch.float64, device=device)
         self.load = torch.zeros(n, experts, dtype=torch.float64, device=device)
-        self._edges = torch.tensor(tuple(EDGES.values()), dtype=torch.float64).to(device)
-        self._waiting: dict[tuple[RoutingRule, int, bool, bool], Waiting] = {}
+        self.counts = signals.QuantileCounts(n, len(EDGES), device)
+        self._waiting: dict[tuple[RoutingRule, int, bool, bool, bool], Waiting] = {}
+        #: of each layer: the kind of its last micro-batch, and where such wait
+        self._last: dict[int, tuple[_Kind, Waiting]] = {}
 
     @property
     def accumulator_bytes(self) -> int:
         """Device memory of the accumulators."""
-        return sum(t.numel() * t.element_size() for t in (self.sums, self.upto, self.load))
+        return self.counts.nbytes + sum(
+            t.numel() * t.element_size() for t in (self.sums, self.load)
+        )
 
     @property
     def waiting_bytes(self) -> int:
@@ -117,8 +142,9 @@ class RouterSums:
 
     def clear(self) -> None:
         """Forget everything that was added."""
-        for sums in (self.sums, self.upto, self.load):
-            sums.zero_()
+        self.sums.zero_()
+        self.load.zero_()
+        self.counts.zero()
         for waiting in self._waiting.values():
             waiting.filled = 0
 
@@ -133,42 +159,58 @@ class RouterSums:
             routing_map: [..., E] the host's choice, where the rule can't tell it.
         """
         row, view = self._views[layer]
-        with torch.no_grad():
-            logits = logits.detach().flatten(0, -2)
-            padding = None if padding is None else padding.flatten()
-            bias = None if view.bias is None else view.bias()
-            if routing_map is None:
-                waiting = self._room(view.rule, logits, padding, bias)
-                if waiting.tokens == logits.shape[0]:
-                    if waiting.put(row, logits, padding, bias):
-                        self._look(waiting)
-                    return
-            else:
-                routing_map = routing_map.flatten(0, -2)
-            parts = (logits, padding, bias, routing_map)
+        bias = None if view.bias is None else view.bias()
+        kind = (logits.shape, padding is None, bias is None, routing_map is None)
+        logits = logits.detach().flatten(0, -2)
+        if padding is not None:
+            padding = padding.flatten()
+        if bias is not None:
+            bias = bias.detach()
+        if routing_map is not None:
+            routing_map = routing_map.detach().flatten(0, -2)
+        known, waiting = self._last.get(layer, (None, None))
+        if known != kind:
+            waiting = self._room(view.rule, logits, padding, bias, routing_map)
+            self._last[layer] = kind, waiting
+        if waiting.tokens == logits.shape[0]:
+            if waiting.put(row, logits, padding, bias, routing_map):
+                self._look(waiting)
+        else:
             index = torch.full((1,), row, device=logits.device)
+            parts = (logits, padding, bias, routing_map)
             self._add(view.rule, index, *(None if t is None else t.unsqueeze(0) for t in parts))
 
     def look(self) -> None:
         """Look at all that waits."""
-        with torch.no_grad():
-            for waiting in self._waiting.values():
-                self._look(waiting)
+        for waiting in self._waiting.values():
+            self._look(waiting)
 
     def _room(
-        self, rule: RoutingRule, logits: Tensor, padding: Tensor | None, bias: Tensor | None
+        self,
+        rule: RoutingRule,
+        logits: Tensor,
+        padding: Tensor | None,
+        bias: Tensor | None,
+        chosen: Tensor | None,
     ) -> Waiting:
-        kind = (rule, logits.shape[1], padding is not None, bias is not None)
+        comes = [t is not None for t in (padding, bias, chosen)]
+        kind = (rule, logits.shape[1], *comes)
         if kind not in self._waiting:
             self._waiting[kind] = Waiting(
-                rule, tuple(logits.shape), padded=kind[2], biased=kind[3], device=logits.device
+                rule,
+                tuple(logits.shape),
+                padded=comes[0],
+                biased=comes[1],
+                chosen=comes[2],
+                device=logits.device,
             )
         return self._waiting[kind]
 
     def _look(self, waiting: Waiting) -> None:
         if waiting.filled:
-            self._add(waiting.rule, *waiting.take(), None)
+            self._add(waiting.rule, *waiting.take())
 
+    @torch.no_grad()
     def _add(
         self,
         rule: RoutingRule,
@@ -178,34 +220,55 @@ class RouterSums:
         bias: Tensor | None,
         routing_map: Tensor | None,
     ) -> None:
-        """Add micro-batches to ``rows`` [n]: logits [n, T, E], padding [n, T], bias [n, E]."""
-        micro_batches, size, experts = logits.shape
+        """Add micro-batches to ``rows`` [n]: logits, routing map [n, T, E], padding, bias [n, E]."""
+        _, size, experts = logits.shape
         # a host may run its forward pass in autocast, which would count in half precision
         with torch.autocast(logits.device.type, enabled=False):
-            bias = None if bias is None else bias.float().unsqueeze(1)
-            tokens = TokenTerms(rule, logits.float(), bias, routing_map)
-            nats = math.log(experts) if experts > 1 else 1.0
-            entropy = tokens.terms["entropy"] / nats
-            values = torch.stack([entropy, tokens.terms.get("margin", entropy)])
-            terms = torch.stack(list(tokens.terms.values()))  # [terms, n, T]
-            chosen = tokens.chosen
-            if padding is None:
-                counted = torch.full_like(rows, size)
-                load = None if chosen is None else chosen.sum(1)
-            else:
-                # where, not a product: what stands at padded tokens may be NaN
-                values = torch.where(padding, torch.inf, values)
-                terms = torch.where(padding, 0.0, terms)
-                kept = (~padding).float()
-                counted = kept.sum(1)
-                load = None if chosen is None else torch.bmm(kept.unsqueeze(1), chosen).squeeze(1)
-            edges = self._edges.unsqueeze(1).expand(-1, micro_batches, -1).contiguous()
-            upto = signals.count_upto(values, edges)  # [2, n, bins]
-            sums = dict(zip(tokens.terms, terms.sum(-1, dtype=torch.float64), strict=True))
-            sums |= dict.fromkeys([f"{term}_tokens" for term in tokens.terms], counted)
-            sums |= {"tokens": counted, "experts": experts * counted}
-            for name, total in sums.items():
-                self.sums[:, SUMS.index(name)].index_add_(0, rows, total.double())
-            self.upto.index_add_(0, rows, upto.transpose(0, 1))
-            if load is not None:
-                self.load[:, :experts].index_add_(0, rows, load.double())
+            logits = _experts_first(logits.float())
+            if padding is not None:  # what stands at padded tokens may be NaN
+                logits = logits.masked_fill(padding, 0.0)
+            if routing_map is not None and self.whole:
+                routing_map = _experts_first(routing_map.float())
+            if bias is not None:
+                bias = bias.float().t().unsqueeze(-1)
+            tokens = TokenTerms(rule, logits, bias, routing_map, whole=self.whole)
+            kept = None if padding is None else (~padding).float()
+            self._add_sums(rows, tokens.terms, experts, size, kept)
+            if not self.whole:
+                return
+            for kind, (bins, part) in self._bins(tokens.terms, experts).items():
+                bins = bins if padding is None else bins.masked_fill_(padding, torch.nan)
+                self.counts.add(rows, kind, bins, part)
+            if tokens.chosen is not None:
+                chosen = tokens.chosen if kept is None else tokens.chosen * kept
+                self.load[:, :experts].index_add_(0, rows, chosen.sum(-1).t().double())
+
+    def _add_sums(
+        self, rows: Tensor, terms: dict[str, Tensor], experts: int, size: int, kept: Tensor | None
+    ) -> None:
+        """Add the sums over tokens of terms [n, T], of those that are ``kept`` [n, T]."""
+        values = torch.stack(list(terms.values()))
+        if kept is None:
+            tokens = torch.full_like(rows, size, dtype=torch.float64)
+        else:
+            values.mul_(kept)
+            tokens = kept.sum(-1, dtype=torch.float64)
+        columns = dict.fromkeys(SUMS, torch.zeros_like(tokens))
+        columns |= {"tokens": tokens, "experts": experts * tokens}
+        columns |= dict(zip(terms, values.sum(-1, dtype=torch.float64), strict=True))
+        columns |= dict.fromkeys([f"{name}_tokens" for name in terms], tokens)
+        self.sums.index_add_(0, rows, torch.stack(list(columns.values()), 1))
+
+    @staticmethod
+    def _bins(terms: dict[str, Tensor], experts: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Where values lie, by number of what quantiles are taken of."""
+        nats = math.log(experts) if experts > 1 else 1.0
+        bins = [signals.entropy_bins(terms["entropy"] / nats)]
+        if "margin" in terms:
+            bins.append(signals.margin_bins(terms["margin"]))
+        return dict(enumerate(bins))
+
+
+def _experts_first(x: Tensor) -> Tensor:
+    """[n, T, E] as [E, n, T], in memory too."""
+    return x.permute(2, 0, 1).contiguous()

@@ -6,6 +6,7 @@ here reads a value back.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..signals import router as signals
@@ -27,13 +28,14 @@ class TokenTerms:
 
     Args:
         rule: how the router chooses.
-        logits: [..., E] float32.
-        bias: what is added to the scores for the choice, to be broadcast to [..., E], or None.
-        routing_map: [..., E] the host's choice, where the rule can't tell it.
+        logits: [E, ...] float32.
+        bias: what is added to the scores for the choice, to be broadcast to [E, ...], or None.
+        routing_map: [E, ...] float32, the host's choice, where the rule can't tell it.
+        whole: everything that the rule gives, not the entropy only.
 
     Attributes:
         terms: name out of ``TERMS`` to [...] float32; what the rule doesn't give is not there.
-        chosen: [..., E] float32, 1 at chosen experts; None where the choice isn't known.
+        chosen: [E, ...] float32, 1 at chosen experts; None where the choice isn't known.
     """
 
     def __init__(
@@ -42,61 +44,91 @@ class TokenTerms:
         logits: Tensor,
         bias: Tensor | None,
         routing_map: Tensor | None,
+        *,
+        whole: bool = True,
     ) -> None:
-        self._rule = rule
-        log_scores = signals.log_scores(logits, rule.score)
-        log_p = signals.log_probabilities(log_scores)
-        self.terms: dict[str, Tensor] = {
-            "entropy": signals.routing_entropy(log_p),
-            "predicted_entropy": signals.predicted_entropy(log_scores),
-            "squared_logsumexp": signals.squared_logsumexp(logits),
-        }
+        self._rule, self._logits = rule, logits
+        self._weighed = signals.weigh(signals.log_scores(logits, rule.score))
+        self.terms: dict[str, Tensor] = {"entropy": signals.routing_entropy(self._weighed)}
         self.chosen: Tensor | None = None
-        if routing_map is not None:
-            self._take_choice(routing_map.float(), logits, log_p)
-        elif rule.top_k is not None and rule.chooses_by != "host":
-            self._choose(logits, log_p, bias)
+        if whole:
+            self._add_sizes()
+            self._add_choice(bias, routing_map)
 
-    def _choose(self, logits: Tensor, log_p: Tensor, bias: Tensor | None) -> None:
-        """Choose as the host does."""
-        k = self._rule.top_k
-        bare = self._bare_scores(logits, log_p)
-        best, experts = self._best(bare if bias is None else bare + bias)
-        self.chosen = signals.choice_map(experts[..., :k], logits.shape[-1])
-        self.terms["mixing_entropy"] = signals.mixing_entropy(log_p.gather(-1, experts[..., :k]))
-        if best.shape[-1] > k:
-            if self._rule.chooses_by == "logits":  # compared by logits, told in probability
-                best = log_p.gather(-1, experts).exp()
-            self.terms["margin"] = signals.topk_margin(best, k)
+    def _add_sizes(self) -> None:
+        raw = self._weighed if self._rule.score == "softmax" else signals.weigh(self._logits)
+        self.terms["predicted_entropy"] = signals.predicted_entropy(self._weighed)
+        self.terms["squared_logsumexp"] = signals.squared_logsumexp(raw)
+
+    def _add_choice(self, bias: Tensor | None, routing_map: Tensor | None) -> None:
+        rule = self._rule
+        if routing_map is not None:
+            self._take_choice(routing_map)
+        elif rule.top_k is not None and rule.chooses_by != "host":
+            if bias is None and rule.groups is None:
+                self._choose_by_rank()
+            else:
+                self._choose(bias)
+
+    def _choose_by_rank(self) -> None:
+        """Choose where a score's rank is all that matters: that of its logarithm, too."""
+        k, log = self._rule.top_k, self._weighed.log
+        best = signals.best_values(log, k + 1)
+        self.chosen = signals.choice_shares(log, best, k)
+        self.terms["mixing_entropy"] = signals.mixing_entropy(torch.stack(best[:k]))
+        if len(best) > k:
+            self.terms["margin"] = self._score(best[k - 1]) - self._score(best[k])
+
+    def _choose(self, bias: Tensor | None) -> None:
+        """Choose as the host does, by scores and bias and within groups."""
+        rule, k = self._rule, self._rule.top_k
+        bare = self._bare_scores()
+        compared, allowed = self._limited(bare if bias is None else bare + bias)
+        best = signals.best_values(compared, min(k + 1, allowed))
+        self.chosen = signals.choice_shares(compared, best, k)
+        self.terms["mixing_entropy"] = signals.mixing_entropy(self._weighed.log, self.chosen)
+        if len(best) > k:
+            last, after = best[k - 1], best[k]
+            if rule.chooses_by == "logits":  # compared by logits, told in scores
+                last, after = (
+                    self._score(signals.log_scores(z, rule.score) - self._weighed.best)
+                    for z in (last, after)
+                )
+            self.terms["margin"] = last - after
         if bias is not None:
             self._compare(bare)
 
-    def _take_choice(self, chosen: Tensor, logits: Tensor, log_p: Tensor) -> None:
+    def _take_choice(self, chosen: Tensor) -> None:
         """Take a choice that the host made by more than scores."""
         self.chosen = chosen
-        self.terms["mixing_entropy"] = signals.mixing_entropy(log_p, chosen)
+        self.terms["mixing_entropy"] = signals.mixing_entropy(self._weighed.log, chosen)
         if self._rule.top_k is not None:
-            self._compare(self._bare_scores(logits, log_p))
+            self._compare(self._bare_scores())
 
     def _compare(self, bare: Tensor) -> None:
         """How much of the choice the bare scores alone would have made."""
-        free = self._best(bare)[1][..., : self._rule.top_k]
-        self.terms["agreement"] = signals.bias_agreement(self.chosen, free)
+        k = self._rule.top_k
+        compared, _ = self._limited(bare)
+        free = signals.choice_shares(compared, signals.best_values(compared, k), k)
+        self.terms["agreement"] = signals.bias_agreement(self.chosen, free, k)
 
-    def _bare_scores(self, logits: Tensor, log_p: Tensor) -> Tensor:
-        """What experts are compared by before the expert bias, [..., E]."""
+    def _bare_scores(self) -> Tensor:
+        """What experts are compared by before the expert bias, [E, ...]."""
         if self._rule.chooses_by == "logits":
-            return logits
-        if self._rule.score == "softmax":
-            return log_p.exp()
-        return signals.scores(logits, self._rule.score)
+            return self._logits
+        return signals.scores(self._weighed, self._rule.score)
 
-    def _best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        rule = self._rule
-        return signals.choose(
-            scores,
-            rule.top_k,
-            groups=rule.groups,
-            top_groups=rule.top_groups,
-            group_sum=rule.group_sum,
-        )
+    def _score(self, log: Tensor) -> Tensor:
+        """Scores of one expert of each token from ``ln s − max ln s``: normalised for softmax."""
+        if self._rule.score == "softmax" or self._rule.chooses_by == "logits":
+            return log.exp() / self._weighed.total
+        return (log + self._weighed.best).exp_()
+
+    def _limited(self, scores: Tensor) -> tuple[Tensor, int]:
+        """Scores with those of barred groups taken out, and how many experts are left."""
+        rule, experts = self._rule, scores.shape[0]
+        if rule.groups is None or rule.top_groups is None or rule.top_groups >= rule.groups:
+            return scores, experts
+        limited = signals.limit_groups(scores, rule.groups, rule.top_groups, rule.group_sum)
+        return limited, rule.top_groups * experts // rule.groups
+

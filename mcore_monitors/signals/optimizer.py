@@ -27,8 +27,11 @@ from torch import Tensor
 #: g² over the second moment beyond which SPAM calls an element a spike.
 SPIKE = 5000.0
 
-#: Elements worked on at once on a CPU: what stays in the cache is faster.
-_PIECE_ON_CPU = 2**16
+#: Elements worked on at once: on a CPU what stays in the cache is faster, on a card this bounds
+#: the memory, 16 bytes an element.
+_PIECE_ON_CPU, _PIECE_ON_CARD = 2**16, 2**22
+#: Tensors up to this size are joined first: for them starting an operation is the work.
+_SMALL = 2**13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,65 +56,127 @@ class AdamStep:
         return math.sqrt(SPIKE / (self.beta2 * before + SPIKE * (1 - self.beta2)))
 
 
-#: What :func:`step_sums` adds up, in its order. ``searched`` are elements searched for spikes.
+#: What :class:`StepSums` adds up, in its order. ``searched`` are elements searched for spikes.
 SUMS = ("updates", "moved", "weights", "elements", "spikes", "searched")
 
 
-@torch.no_grad()
-def step_sums(
-    weight: Tensor, gradient: Tensor | None, m: Tensor, v: Tensor, made: AdamStep
-) -> Tensor:
-    """Sums over the elements of one tensor, of which RMS values and shares are made.
+class StepSums:
+    """Sums over the elements of tensors, of which RMS values and shares are made.
+
+    Every tensor costs one pass over its elements; all that follows is done once for all of them.
 
     Args:
-        weight, m, v: of one shape, float32: the weight after the step, and Adam's moments.
-        gradient: as Adam took it (clipped), of that shape; None where it is gone.
-        made: the step.
-
-    Returns:
-        [6] float64, see :data:`SUMS`: Σu², ΣΔθ², Σθ² (after the step), elements, spikes, elements
-        searched for spikes. Sums of parts add up to the sum of the whole.
+        device: where the tensors are.
     """
-    root = math.sqrt(1 - made.beta2**made.step)
-    factor = root / (1 - made.beta1**made.step)  # u = factor · m / (√v + ε · root)
-    limit = made.spike_limit if gradient is not None else None
-    tensors = [weight.reshape(-1), m.reshape(-1), v.reshape(-1)]
-    if limit is not None:
-        tensors.append(gradient.reshape(-1))
-    step = _PIECE_ON_CPU if weight.device.type == "cpu" else max(1, weight.numel())
-    # filled again for every piece: fresh memory would cost as much time as the work
-    divisors, quotients = torch.empty_like(tensors[0][:step].expand(2, -1)).unbind(0)
-    rows = []
-    for w_piece, m_piece, v_piece, *g_piece in zip(*(t.split(step) for t in tensors), strict=True):
-        divisor, quotient = divisors[: w_piece.numel()], quotients[: w_piece.numel()]
-        torch.sqrt(v_piece, out=divisor).add_(made.eps * root)
-        u = torch.div(m_piece, divisor, out=quotient)
-        row = [torch.dot(u, u), torch.dot(u, w_piece), torch.dot(w_piece, w_piece)]
-        if g_piece:
-            # ±1 where the limit is passed, else 0: the quickest way to count without waiting
-            ratio = torch.div(g_piece[0], divisor, out=quotient)
-            spikes = torch.hardshrink(ratio, limit).sign_()
-            row.append(torch.dot(spikes, spikes))
-        rows.append(torch.stack(row))
-    found = torch.stack(rows).double().sum(0)
-    uu, uw, ww = factor**2 * found[0], factor * found[1], found[2]
-    # θ before the step: θ_t = (1 − lr λ) θ_{t−1} − lr u
-    lr, decay = made.lr, made.weight_decay
-    kept = 1 - lr * decay
-    before_u, before = (uw + lr * uu) / kept, (ww + 2 * lr * uw + lr**2 * uu) / kept**2
-    moved = lr**2 * (uu + 2 * decay * before_u + decay**2 * before)
-    sums = torch.zeros(6, dtype=torch.float64, device=weight.device)
-    sums[0], sums[1], sums[2], sums[3] = uu, moved, ww, weight.numel()
-    if limit is not None:
-        sums[4], sums[5] = found[3], weight.numel()
-    return sums
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._piece = _PIECE_ON_CPU if device.type == "cpu" else _PIECE_ON_CARD
+        # filled again for every piece: fresh memory would cost as much time as the work
+        self._space = torch.empty(2, 0, device=device)
+        self._small: dict[tuple[int, AdamStep, bool], list[list[Tensor]]] = {}
+        self._rows: list[int] = []
+        #: of each piece: dot products u·u, u·w, w·w and number of spikes, u without its factor
+        self._found: list[Tensor] = []
+        #: and what has to be made of them: [6, 5], the last column for the number 1
+        self._factors: list[list[list[float]]] = []
+
+    def add(
+        self,
+        row: int,
+        weight: Tensor,
+        gradient: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+        made: AdamStep,
+    ) -> None:
+        """Take in one tensor, or a piece of one. It may be read until :meth:`result`.
+
+        Args:
+            row: which row of the result it is added to.
+            weight, m, v: of one shape, float32: the weight after the step, and Adam's moments.
+            gradient: as Adam took it (clipped), of that shape; None where it is gone.
+            made: the step.
+        """
+        tensors = [weight.reshape(-1), m.reshape(-1), v.reshape(-1)]
+        searched = gradient is not None and made.spike_limit is not None
+        if searched:
+            tensors.append(gradient.reshape(-1))
+        if weight.numel() > _SMALL:
+            self._measure(row, made, tensors)
+        elif weight.numel():
+            self._small.setdefault((row, made, searched), []).append(tensors)
+
+    @torch.no_grad()
+    def result(self, rows: int) -> Tensor:
+        """All sums, and begin anew.
+
+        Returns:
+            [rows, 6] float64, see :data:`SUMS`: Σu², ΣΔθ², Σθ² (after the step), elements, spikes,
+            elements searched for spikes.
+        """
+        for (row, made, _), parts in self._small.items():
+            self._measure(row, made, [torch.cat(group) for group in zip(*parts, strict=True)])
+        sums = torch.zeros(rows, len(SUMS), dtype=torch.float64, device=self._device)
+        if self._rows:
+            found = torch.stack(self._found).double().view(-1, 4)
+            found = torch.nn.functional.pad(found, (0, 1), value=1.0)
+            factors = torch.tensor(self._factors, dtype=torch.float64)
+            index = torch.tensor(self._rows)
+            factors, index = (x.to(self._device, non_blocking=True) for x in (factors, index))
+            sums.index_add_(0, index, (factors @ found.unsqueeze(-1)).squeeze(-1))
+        self._small, self._rows, self._found, self._factors = {}, [], [], []
+        return sums
+
+    @torch.no_grad()
+    def _measure(self, row: int, made: AdamStep, tensors: list[Tensor]) -> None:
+        root = math.sqrt(1 - made.beta2**made.step)
+        limit = made.spike_limit if len(tensors) > 3 else None
+        size = tensors[0].numel()
+        step = min(self._piece, size)
+        if self._space.shape[1] < step or self._space.dtype != tensors[0].dtype:
+            self._space = tensors[0].new_empty(2, step)
+        for start in range(0, size, step):
+            # u = factor · m / (√v + ε · root)
+            weight, m, v, *gradient = (t[start : start + step] for t in tensors)
+            divisor, quotient = self._space[:, : weight.numel()].unbind(0)
+            torch.sqrt(v, out=divisor).add_(made.eps * root)
+            u = torch.div(m, divisor, out=quotient)
+            found = [torch.dot(u, u), torch.dot(u, weight), torch.dot(weight, weight)]
+            if gradient:
+                # ±1 where the limit is passed, else 0: the quickest way to count without waiting
+                ratio = torch.div(gradient[0], divisor, out=quotient)
+                spikes = torch.hardshrink(ratio, limit).sign_()
+                found.append(torch.dot(spikes, spikes))
+            else:
+                found.append(torch.zeros_like(found[0]))
+            self._rows.append(row)
+            self._found += found
+            self._factors.append(_factors(made, root, weight.numel(), bool(gradient)))
+
+
+def _factors(made: AdamStep, root: float, size: int, searched: bool) -> list[list[float]]:
+    """What turns (u·u, u·w, w·w, spikes, 1) of a piece into its sums, u without its factor."""
+    factor = root / (1 - made.beta1**made.step)
+    uu, decay = factor**2, made.weight_decay
+    # θ_t = (1 − lr λ) θ_{t−1} − lr u, hence Δθ = −lr (u + λ θ_t)/(1 − lr λ)
+    moved = (made.lr / (1 - made.lr * decay)) ** 2
+    counted = float(size) if searched else 0.0
+    return [
+        [uu, 0, 0, 0, 0],
+        [moved * uu, moved * 2 * decay * factor, moved * decay**2, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 0, 0, float(size)],
+        [0, 0, 0, 1 if searched else 0, 0],
+        [0, 0, 0, 0, counted],
+    ]
 
 
 def step_readings(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Readings from the sums over all tensors of a layer.
 
     Args:
-        sums: [..., 6] of :func:`step_sums`.
+        sums: [..., 6] of :class:`StepSums`.
 
     Returns:
         RMS(Δθ)/RMS(θ) of the step, RMS(u), and the share of elements that are spikes; NaN where

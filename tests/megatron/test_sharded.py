@@ -18,6 +18,8 @@ SETTINGS = {
     "interval": 2,
     "monitors": {
         "attention_update": {"windows": [2, 4], "every": 1},
+        "router": {"every": 1},
+        "attention_activity": {"every": 1},
         "optimizer": {"every": 1},
         "conservation": {"whole": True},  # other layouts look at other sequences otherwise
         "koopman": {"enabled": True, "every": 4, "rank": 16},

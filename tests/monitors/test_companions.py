@@ -10,7 +10,7 @@ from mcore_monitors.monitors.attention_activity import AttentionActivityMonitor
 from mcore_monitors.monitors.optimizer import NAMES, OptimizerMonitor
 from mcore_monitors.parallel import Packed
 from mcore_monitors.signals.attention import attention_activity
-from mcore_monitors.signals.optimizer import AdamStep, step_readings, step_sums
+from mcore_monitors.signals.optimizer import AdamStep, StepSums, step_readings
 from mcore_monitors.views import ActivityView, AdamState, AttentionCall, ModelView, OptimizerView
 
 from .models import sample
@@ -112,7 +112,10 @@ def test_optimizer_signals_are_of_all_parameters_of_a_layer() -> None:
     readings = sample([whole], 10)
     assert tuple(readings) == NAMES
     states = [state(s) for s in (1, 2, 3)]
-    sums = sum(step_sums(s.weight, s.gradient, s.m, s.v, s.made) for s in states)
+    total = StepSums(torch.device("cpu"))
+    for s in states:
+        total.add(0, s.weight, s.gradient, s.m, s.v, s.made)
+    sums = total.result(1)[0]
     for name, value in zip(NAMES, step_readings(sums), strict=True):
         assert readings[name][1] == pytest.approx([value.item()])
         assert list(readings[name]) == [1, 2]

@@ -74,23 +74,26 @@ def test_router(cuda, score):
         router.largest_share,
     ):
         stays_on_card(signal(cuda(3, 8, 64, dtype=torch.bfloat16)), 3, *_rows(signal))
-    logits = cuda(32, 8, dtype=torch.bfloat16)
-    log = router.log_scores(logits, score)
-    log_p = router.log_probabilities(log)
-    stays_on_card(router.routing_entropy(log_p), 32)
-    stays_on_card(router.predicted_entropy(log), 32)
-    stays_on_card(router.squared_logsumexp(logits), 32)
-    best, experts = router.choose(
-        router.scores(logits, score), 3, groups=4, top_groups=2, group_sum=2
-    )
-    stays_on_card(router.topk_margin(best, 3), 32)
-    chosen = router.choice_map(experts[:, :3], 8)
-    stays_on_card(router.mixing_entropy(log_p, chosen), 32)
-    stays_on_card(router.bias_agreement(chosen, experts[:, :3]), 32)
-    edges = cuda(2, 129, dtype=torch.float64)
-    upto = router.count_upto(cuda(2, 32), edges)
-    stays_on_card(upto, 2, 128)
-    stays_on_card(router.quantile(upto, cuda(2), edges[0], 0.5), 2)
+    logits = cuda(8, 32, dtype=torch.bfloat16)
+    weighed = router.weigh(router.log_scores(logits, score))
+    stays_on_card(router.routing_entropy(weighed), 32)
+    stays_on_card(router.predicted_entropy(weighed), 32)
+    stays_on_card(router.squared_logsumexp(weighed), 32)
+    bare = router.scores(weighed, score)
+    stays_on_card(router.choose(bare.t(), 3, groups=4, top_groups=2, group_sum=2)[0], 32, 4)
+    limited = router.limit_groups(bare, 4, 2, 2)
+    best = router.best_values(limited, 4)
+    chosen = router.choice_shares(limited, best, 3)
+    stays_on_card(chosen, 8, 32)
+    stays_on_card(router.mixing_entropy(torch.stack(best[:3])), 32)
+    stays_on_card(router.mixing_entropy(weighed.log, chosen), 32)
+    stays_on_card(router.bias_agreement(chosen, chosen, 3), 32)
+    counts = router.QuantileCounts(2, 2, torch.device("cuda"))
+    for kind, bins in enumerate((router.entropy_bins, router.margin_bins)):
+        counts.add(cuda(2, dtype=torch.int64), kind, *bins(cuda(2, 32)))
+    stays_on_card(counts.upto(), 2, 2, 128)
+    edges = cuda(129, dtype=torch.float64)
+    stays_on_card(router.quantile(counts.upto(), cuda(2, 2), edges, 0.5), 2, 2)
 
 
 def _rows(signal):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from mcore_monitors.signals import optimizer as signals
-from mcore_monitors.signals.optimizer import SPIKE, AdamStep, step_readings, step_sums
+from mcore_monitors.signals.optimizer import SPIKE, AdamStep, StepSums, step_readings
 
 BETAS, EPS = (0.9, 0.95), 1e-8
+
+
+def step_sums(*what: Any) -> torch.Tensor:
+    """Sums of one tensor: weight, gradient, m, v, step."""
+    sums = StepSums(torch.device("cpu"))
+    sums.add(0, *what)
+    return sums.result(1)[0]
 
 
 class Trained:
@@ -117,8 +125,37 @@ def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         run.step(noise(i))
     whole = run.sums
+    monkeypatch.setattr(signals, "_SMALL", 0)
+    torch.testing.assert_close(run.sums, whole, rtol=1e-5, atol=1e-12)
     monkeypatch.setattr(signals, "_PIECE_ON_CPU", 7)
     torch.testing.assert_close(run.sums, whole, rtol=1e-5, atol=1e-12)
+
+
+def test_tensors_of_unlike_steps_and_rows_at_once() -> None:
+    """Small ones that are joined, large ones, without a gradient, of another step, of two rows."""
+    generator = torch.Generator().manual_seed(5)
+    made = AdamStep(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=5)
+    tensors = []
+    for size in (3, 8, 20_000, 1, 5):
+        w, g, m = (torch.randn(size, generator=generator) for _ in range(3))
+        v = torch.rand(size, generator=generator) * 1e-4
+        tensors.append([w, g, m, v, made])
+    tensors[1][1] = None
+    tensors[3][4] = replace(made, step=1)
+    tensors[4][4] = replace(made, lr=2e-2, weight_decay=0.0)
+    rows = [0, 0, 0, 2, 2]
+    sums = StepSums(torch.device("cpu"))
+    for _ in range(2):  # the second time without anything of the first
+        for row, tensor in zip(rows, tensors, strict=True):
+            sums.add(row, *tensor)
+        got = sums.result(3)
+    apart = [step_sums(*tensor) for tensor in tensors]
+    torch.testing.assert_close(got[0], apart[0] + apart[1] + apart[2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[2], apart[3] + apart[4], rtol=1e-6, atol=0)
+    assert got[1].tolist() == [0] * 6
+    assert got[0, 3:].tolist() == [20_011, apart[0][4] + apart[2][4], 20_003]
+    assert got[0, 4] > 0
+    assert not sums.result(3).any()
 
 
 def test_an_empty_piece_and_a_lost_gradient() -> None:

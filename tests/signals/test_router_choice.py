@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from mcore_monitors.signals.router import (
+    best_values,
     bias_agreement,
     choice_map,
+    choice_shares,
     choose,
     dead_experts,
     effective_experts,
     largest_share,
+    limit_groups,
     max_violation,
     mixing_entropy,
-    topk_margin,
     underused_experts,
 )
 
@@ -37,9 +39,50 @@ def test_the_best_and_the_next(k):
     for row, got, value in zip(s.tolist(), experts.tolist(), values.tolist(), strict=True):
         assert got == best_by_loop(row, k + 1)
         assert value == [row[e] for e in got]
-    falling = [sorted(row, reverse=True) for row in s.tolist()]
-    margins = [row[k - 1] - row[k] for row in falling]
-    assert topk_margin(values, k).tolist() == pytest.approx(margins, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 7, 8, 60])
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_the_best_values(experts, count):
+    s = scores(experts=experts)
+    got = best_values(s.t(), count)
+    assert len(got) == min(count, experts)
+    for row, *values in zip(s.tolist(), *(v.tolist() for v in got), strict=True):
+        assert values == sorted(row, reverse=True)[:count]
+
+
+def test_best_values_that_tie_or_are_broken():
+    s = torch.tensor([[2.0, 5, 5, 1, 5], [3, 3, 3, 3, 3], [0, -torch.inf, 1, 0, 0]])
+    got = torch.stack(best_values(s.t(), 3), 1)
+    assert got.tolist() == [[5, 5, 5], [3, 3, 3], [1, 0, 0]]
+    s[1, 2] = torch.nan
+    assert torch.stack(best_values(s.t(), 3)).isnan().any(0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_choice_by_values_is_that_of_topk(k):
+    s = scores()
+    wanted = choice_map(choose(s, k)[1][:, :k], E)
+    assert torch.equal(choice_shares(s.t(), best_values(s.t(), k + 1), k), wanted.t())
+
+
+def test_experts_that_tie_share_what_is_left():
+    s = torch.tensor([[4.0, 4, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]]).t()
+    got = choice_shares(s, best_values(s, 4), 3)
+    thirds = pytest.approx([1, 1, 1 / 3, 1 / 3, 1 / 3, 0])
+    assert got[:, 0].tolist() == thirds
+    assert got[:, 1].tolist() == [0.5] * 6
+
+
+@pytest.mark.parametrize(("groups", "top_groups", "group_sum"), [(4, 2, 1), (2, 1, 2), (4, 3, 2)])
+def test_limits_by_values_are_those_of_topk(groups, top_groups, group_sum):
+    s = scores()
+    limit = {"groups": groups, "top_groups": top_groups, "group_sum": group_sum}
+    values, experts = choose(s, 3, **limit)
+    limited = limit_groups(s.t(), **limit)
+    best = best_values(limited, 3)
+    assert torch.equal(torch.stack(best, 1), values[:, :3])
+    assert torch.equal(choice_shares(limited, best, 3), choice_map(experts[:, :3], E).t())
 
 
 def test_all_experts_leave_no_next_one():
@@ -79,19 +122,23 @@ def test_a_map_of_the_choice():
 def test_mixing_by_loop_and_by_map():
     log_p = (5 * scores()).log_softmax(-1)
     _, experts = choose(log_p, 3)
-    got = mixing_entropy(log_p.gather(1, experts[:, :3]))
+    got = mixing_entropy(log_p.gather(1, experts[:, :3]).t())
     for value, row, k in zip(got.tolist(), log_p.tolist(), experts.tolist(), strict=True):
         weights = [math.exp(row[e]) for e in k[:3]]
         q = [w / sum(weights) for w in weights]
         assert value == pytest.approx(-sum(x * math.log(x) for x in q), rel=1e-5)
-    chosen = choice_map(experts[:, :3], E)
-    torch.testing.assert_close(mixing_entropy(log_p, chosen), got)
+    chosen = choice_map(experts[:, :3], E).t()
+    torch.testing.assert_close(mixing_entropy(log_p.t(), chosen), got)
 
 
 def test_mixing_at_its_ends():
-    assert mixing_entropy(torch.zeros(1, 4)).item() == pytest.approx(math.log(4), rel=1e-6)
-    assert mixing_entropy(torch.tensor([[0.0, -500.0]])).item() == 0
-    assert mixing_entropy(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0  # goes nowhere
+    assert mixing_entropy(torch.zeros(4, 1)).item() == pytest.approx(math.log(4), rel=1e-6)
+    assert mixing_entropy(torch.tensor([[0.0], [-500.0]])).item() == 0
+    assert mixing_entropy(torch.zeros(4, 1), torch.zeros(4, 1)).item() == 0  # goes nowhere
+    # the bias may choose experts that are nothing beside the best one
+    far = torch.tensor([[0.0], [-300.0], [-300.0]])
+    chosen = torch.tensor([[0.0], [1.0], [1.0]])
+    assert mixing_entropy(far, chosen).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_agreement_by_loop():
@@ -99,13 +146,14 @@ def test_agreement_by_loop():
     _, free = choose(s, 3)
     _, biased = choose(s + bias, 3)
     free, biased = free[:, :3], biased[:, :3]
-    got = bias_agreement(choice_map(biased, E), free)
+    maps = choice_map(biased, E).t(), choice_map(free, E).t()
+    got = bias_agreement(*maps, 3)
     want = [
         len(set(a) & set(b)) / 3 for a, b in zip(free.tolist(), biased.tolist(), strict=True)
     ]
     assert got.tolist() == pytest.approx(want)
     assert 0 < min(want) < 1
-    assert bias_agreement(choice_map(free, E), free).tolist() == [1.0] * T
+    assert bias_agreement(maps[1], maps[1], 3).tolist() == [1.0] * T
 
 
 def test_load_by_hand():

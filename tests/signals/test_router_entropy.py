@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mcore_monitors.signals.router import (
-    log_probabilities,
     log_scores,
     predicted_entropy,
     routing_entropy,
     scores,
     squared_logsumexp,
+    weigh,
 )
 
 E, D = 8, 24
@@ -22,8 +22,13 @@ def logits(*shape, spread=1.0, seed=0):
     return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def weighed(z, score="softmax"):
+    """Of logits [..., E], as loops read them; the signals want the experts first."""
+    return weigh(log_scores(z, score).movedim(-1, 0))
+
+
 def entropy(z, score="softmax"):
-    return routing_entropy(log_probabilities(log_scores(z, score)))
+    return routing_entropy(weighed(z, score))
 
 
 def weight(x, score):
@@ -56,7 +61,7 @@ def test_entropy_at_its_ends():
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_against_a_loop(score):
     z = logits(4, E)
-    for got, row in zip(scores(z, score), z.tolist(), strict=True):
+    for got, row in zip(scores(weighed(z, score), score).t(), z.tolist(), strict=True):
         weights = [weight(x, score) for x in row]
         total = sum(weights) if score == "softmax" else 1.0
         assert got.tolist() == pytest.approx([w / total for w in weights], rel=1e-5)
@@ -98,7 +103,7 @@ def test_the_prediction_is_that_of_weights_and_second_moment():
     centred = w - w.mean(0)
     moment = x.T @ x / len(x)
     want = math.log(E) - torch.trace(centred @ moment @ centred.T) / (2 * E)
-    got = predicted_entropy((x @ w.T).float()).double().mean()
+    got = predicted_entropy(weighed((x @ w.T).float())).double().mean()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
 
 
@@ -108,21 +113,36 @@ def test_the_prediction_is_right_to_second_order(score):
     z = logits(2000, 64).double()
     gaps = []
     for spread in (0.4, 0.2):
-        log = log_scores(spread * z, score).double()
-        p = log.softmax(-1)
-        measured = torch.special.entr(p).sum(-1)
-        gaps.append((measured - predicted_entropy(log)).abs().mean().item())
+        log = log_scores(spread * z, score).double().t()
+        p = log.softmax(0)
+        measured = torch.special.entr(p).sum(0)
+        gaps.append((measured - predicted_entropy(weigh(log))).abs().mean().item())
     assert gaps[0] < 0.1 * 0.4**2 / 2  # of the second-order term
     assert gaps[1] < gaps[0] / 6
 
 
 def test_prediction_at_its_ends():
-    assert predicted_entropy(torch.full((1, E), 3.0)).item() == pytest.approx(math.log(E))
-    assert predicted_entropy(100 * torch.eye(E)).max() < -100  # far from uniform: no bound below
+    uniform, decided = weighed(torch.full((1, E), 3.0)), weighed(100 * torch.eye(E))
+    assert predicted_entropy(uniform).item() == pytest.approx(math.log(E))
+    assert predicted_entropy(decided).max() < -100  # far from uniform: no bound below
+
+
+@pytest.mark.parametrize("experts", [8, 256])
+def test_the_prediction_is_exact_where_one_expert_stands_out(experts):
+    """Where the mean's square is the largest beside the variance that is wanted."""
+    z = torch.zeros(1, experts).index_fill_(1, torch.tensor([1]), 30.0)
+    want = math.log(experts) - 30.0**2 * (1 / experts - 1 / experts**2) / 2
+    assert predicted_entropy(weighed(z)).item() == pytest.approx(want, rel=1e-5, abs=1e-4)
+
+
+def test_the_prediction_of_a_barred_expert_has_no_number():
+    z = logits(3, E)
+    z[1, 2] = -torch.inf
+    assert predicted_entropy(weighed(z)).isfinite().tolist() == [True, False, True]
 
 
 def test_router_z_against_a_loop():
     z = logits(5, E, spread=3.0)
     want = [math.log(sum(math.exp(x) for x in row)) ** 2 for row in z.double().tolist()]
-    assert squared_logsumexp(z).tolist() == pytest.approx(want, rel=1e-5)
-    assert squared_logsumexp(torch.zeros(1, E)).item() == pytest.approx(math.log(E) ** 2)
+    assert squared_logsumexp(weighed(z)).tolist() == pytest.approx(want, rel=1e-5)
+    assert squared_logsumexp(weighed(torch.zeros(1, E))).item() == pytest.approx(math.log(E) ** 2)

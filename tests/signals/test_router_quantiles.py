@@ -5,17 +5,29 @@ import math
 import pytest
 import torch
 
-from mcore_monitors.signals.router import ENTROPY_EDGES, MARGIN_EDGES, count_upto, quantile
+from mcore_monitors.signals.router import (
+    ENTROPY_EDGES,
+    MARGIN_EDGES,
+    QuantileCounts,
+    entropy_bins,
+    margin_bins,
+    quantile,
+)
+
+BINS = {ENTROPY_EDGES: entropy_bins, MARGIN_EDGES: margin_bins}
 
 
-def tensor(edges):
-    return torch.tensor([edges], dtype=torch.float64)
+def upto(values, edges, parts=1):
+    """Counts of several shares of the values, as micro-batches give them."""
+    counts = QuantileCounts(1, 1, torch.device("cpu"))
+    for part in values.chunk(parts):
+        counts.add(torch.tensor([0]), 0, *BINS[edges](part.unsqueeze(0)))
+    return counts.upto()[0, 0]
 
 
 def quantiles(values, edges, q, parts=1):
-    """Through counts of several shares of the values, as micro-batches and ranks give them."""
-    upto = sum(count_upto(v.unsqueeze(0), tensor(edges)) for v in values.chunk(parts))
-    return quantile(upto, torch.tensor([float(len(values))]), tensor(edges)[0], q).item()
+    steps = torch.tensor(edges, dtype=torch.float64)
+    return quantile(upto(values, edges, parts), torch.tensor(float(len(values))), steps, q).item()
 
 
 def exact(values, q):
@@ -26,18 +38,28 @@ def uniform(count=3000):
     return torch.rand(count, generator=torch.Generator().manual_seed(0))
 
 
-def test_counts_by_loop():
-    edges = [0.0, 0.25, 0.5, 1.0]
-    values = [0.1, 0.25, 0.3, 0.9, 1.0, 1.5]
-    want = [0.0, 0.0, 0.0]
-    for v in values:
-        for i in range(3):
+@pytest.mark.parametrize("edges", BINS, ids=["entropy", "margin"])
+@pytest.mark.parametrize("power", [1, 9])
+def test_counts_by_loop(edges, power):
+    values = torch.cat([uniform(300) ** power, torch.tensor([0.0, 1.0, 1.5, 1e-7, 1 - 1e-6])])
+    want = [0.0] * 128
+    for v in values.double().tolist():
+        for i in range(128):
             if v < edges[i]:
                 want[i] += 1
             elif v < edges[i + 1]:
                 want[i] += (edges[i + 1] - v) / (edges[i + 1] - edges[i])
-    got = count_upto(torch.tensor([values]), tensor(edges))[0]
-    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    got = upto(values, edges)
+    # a value just under 1 is known to 6e-8, which is a thousandth of the last entropy bin
+    assert got.tolist() == pytest.approx(want, abs=5e-3)
+
+
+@pytest.mark.parametrize("edges", BINS, ids=["entropy", "margin"])
+def test_every_edge_is_where_it_should_be(edges):
+    """A hair above an edge is in the bin that it begins; its upper edge is a whole width away."""
+    bins, part = BINS[edges](torch.tensor(edges[1:-1]) * (1 + 2e-7))
+    place = bins + 1 - part
+    assert place.tolist() == pytest.approx(list(range(1, 128)), abs=5e-3)
 
 
 @pytest.mark.parametrize("q", [0.05, 0.5, 0.95])
@@ -91,13 +113,32 @@ def test_all_alike(value):
     assert got == pytest.approx(min(1, value), abs=1e-6)
 
 
-def test_what_does_not_count_is_infinite():
+def test_what_does_not_count_is_nan():
     values = uniform(100)
-    padded = torch.cat([values, torch.full((30,), torch.inf)]).unsqueeze(0)
-    got = count_upto(padded, tensor(ENTROPY_EDGES))
-    assert torch.equal(got, count_upto(values.unsqueeze(0), tensor(ENTROPY_EDGES)))
+    padded = torch.cat([values, torch.full((30,), torch.nan)])
+    assert torch.equal(upto(padded, ENTROPY_EDGES), upto(values, ENTROPY_EDGES))
 
 
 def test_nothing_counted():
-    nothing = quantile(torch.zeros(2, 128), torch.zeros(2), tensor(ENTROPY_EDGES)[0], 0.5)
+    edges = torch.tensor(ENTROPY_EDGES, dtype=torch.float64)
+    nothing = quantile(torch.zeros(2, 128), torch.zeros(2), edges, 0.5)
     assert nothing.isnan().all()
+
+
+def test_several_quantiles_at_once():
+    values, edges = uniform(500), torch.tensor(ENTROPY_EDGES, dtype=torch.float64)
+    counts = upto(values, ENTROPY_EDGES).expand(2, -1)
+    got = quantile(counts, torch.tensor([500.0, 0.0]), edges, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    assert got[0].tolist() == [quantiles(values, ENTROPY_EDGES, q) for q in (0.1, 0.9)]
+    assert got[1].isnan().all()
+
+
+def test_rows_and_kinds_are_apart():
+    counts = QuantileCounts(3, 2, torch.device("cpu"))
+    bins = torch.tensor([[5.0, 5.0], [7.0, 7.0]])
+    counts.add(torch.tensor([2, 0]), 1, bins, torch.zeros(2, 2))
+    got = counts.upto()[..., -1]
+    assert got.tolist() == [[0, 2], [0, 0], [0, 2]]
+    assert counts.upto()[2, 1].tolist() == [0.0] * 6 + [2.0] * 122
+    counts.zero()
+    assert not counts.upto().any()

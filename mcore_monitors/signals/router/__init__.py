@@ -4,14 +4,15 @@ Shape names: ``E`` experts, ``D`` hidden size, ``T`` tokens, ``k`` chosen expert
 is W_R [E, D] with rows w_i, the logits of a token x are z = W_R x, its scores p.
 """
 
-from .choice import bias_agreement, choice_map, choose, mixing_entropy, topk_margin
+from .choice import best_values, bias_agreement, choice_shares, limit_groups, mixing_entropy
 from .entropy import (
-    log_probabilities,
+    Weighed,
     log_scores,
     predicted_entropy,
     routing_entropy,
     scores,
     squared_logsumexp,
+    weigh,
 )
 from .geometry import centred_conditioning, row_norm_spread, weight_similarity
 from .load import (
@@ -21,22 +22,36 @@ from .load import (
     max_violation,
     underused_experts,
 )
-from .quantiles import BINS, ENTROPY_EDGES, MARGIN_EDGES, count_upto, quantile
+from .quantiles import (
+    BINS,
+    ENTROPY_EDGES,
+    MARGIN_EDGES,
+    QuantileCounts,
+    entropy_bins,
+    margin_bins,
+    quantile,
+)
+from .topk import choice_map, choose
 
 __all__ = [
     "BINS",
     "ENTROPY_EDGES",
     "MARGIN_EDGES",
+    "QuantileCounts",
+    "Weighed",
+    "best_values",
     "bias_agreement",
     "centred_conditioning",
     "choice_map",
+    "choice_shares",
     "choose",
-    "count_upto",
     "dead_experts",
     "effective_experts",
+    "entropy_bins",
     "largest_share",
-    "log_probabilities",
+    "limit_groups",
     "log_scores",
+    "margin_bins",
     "max_violation",
     "mixing_entropy",
     "predicted_entropy",
@@ -45,7 +60,7 @@ __all__ = [
     "row_norm_spread",
     "scores",
     "squared_logsumexp",
-    "topk_margin",
     "underused_experts",
+    "weigh",
     "weight_similarity",
 ]

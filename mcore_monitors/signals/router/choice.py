@@ -1,109 +1,147 @@
 """Which experts a token goes to, by how much, and whether the expert bias decided it.
 
 The choice is made anew from the scores by the router's rule. So it is the *demand*: a host that
-drops tokens over an expert's capacity cuts its own map, and hides the imbalance with that. Between
-experts that tie exactly, as bfloat16 logits may, it can be another one than the host's.
+drops tokens over an expert's capacity cuts its own map, and hides the imbalance with that.
+
+Experts come first, as in :mod:`.entropy`: [E, ...]. A choice is a map, 1 at chosen experts; experts
+that tie exactly for the last place, as bfloat16 logits may, share it, because only the host knows
+which of them it took. So the map is the same on every device and in every order of the experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .entropy import log_probabilities, routing_entropy
+from .entropy import BARRED, routing_entropy, weigh
 
 
 @torch.no_grad()
-def choose(
-    scores: Tensor,
-    k: int,
-    *,
-    groups: int | None = None,
-    top_groups: int | None = None,
-    group_sum: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The best k experts of each token, and the next one where there is a next one.
+def best_values(scores: Tensor, count: int) -> list[Tensor]:
+    """The best scores of each token, without saying whose they are.
+
+    Sorted lists are merged pairwise, all pairs at once, by minima and maxima over all tokens: on a
+    CPU several times as fast as ``topk``, which goes through the tokens one by one.
 
     Args:
-        scores: [T, E], what is compared.
-        k: experts to choose.
-        groups, top_groups: group-limited routing (arXiv 2405.04434, 2412.19437): only experts of
-            the ``top_groups`` best of ``groups`` equal groups can be chosen; a group counts as the
-            sum of its best ``group_sum`` experts.
+        scores: [E, ...].
+        count: how many are wanted.
 
     Returns:
-        (scores, experts) [T, k + 1], falling; [T, k] where the token may go to k experts only.
+        ``count`` tensors [...], falling; E where there are no more.
     """
-    allowed = scores.shape[-1]
-    if groups is not None and top_groups is not None and top_groups < groups:
-        grouped = scores.unflatten(-1, (groups, -1))  # [T, groups, E / groups]
-        best = grouped.topk(group_sum, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
-        barred = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=scores.device)
-        barred = barred.scatter(-1, best, False).unsqueeze(-1)
-        scores = grouped.masked_fill(barred, -torch.inf).flatten(-2)
-        allowed = top_groups * grouped.shape[-1]
-    top = scores.topk(min(k + 1, allowed), dim=-1)
-    return top.values, top.indices
+    lists = [scores]  # place in the list -> [lists, ...]
+    while (n := lists[0].shape[0]) > 1:
+        half = n // 2
+        merged = _merge([x[:half] for x in lists], [x[half : 2 * half] for x in lists], count)
+        if n % 2:  # one list is left over; the others are longer by now
+            rest = [x[2 * half :] for x in lists]
+            nothing = torch.full_like(rest[0], -torch.inf)
+            rest += [nothing] * (len(merged) - len(rest))
+            merged = [torch.cat(pair) for pair in zip(merged, rest, strict=False)]
+        lists = merged
+    return [x.squeeze(0) for x in lists[: scores.shape[0]]]
+
+
+def _merge(left: list[Tensor], right: list[Tensor], count: int) -> list[Tensor]:
+    """The first ``count`` of two sorted lists, which are of one length."""
+    merged = []
+    for m in range(1, min(count, 2 * len(left)) + 1):
+        # the m-th of both: the largest of min(i-th here, j-th there) with i + j = m
+        best = None
+        for i in range(max(0, m - len(right)), min(m, len(left)) + 1):
+            if i == 0 or i == m:
+                found = (right if i == 0 else left)[m - 1]
+            else:
+                found = torch.minimum(left[i - 1], right[m - i - 1])
+            best = found if best is None else torch.maximum(best, found)
+        merged.append(best)
+    return merged
 
 
 @torch.no_grad()
-def choice_map(experts: Tensor, count: int) -> Tensor:
-    """The choice as a map.
+def limit_groups(scores: Tensor, groups: int, top_groups: int, group_sum: int) -> Tensor:
+    """Group-limited routing (arXiv 2405.04434, 2412.19437): bar experts of all but the best groups.
 
     Args:
-        experts: [T, k] numbers of the chosen experts.
-        count: experts there are.
+        scores: [E, ...], in ``groups`` equal groups.
+        groups, top_groups: only experts of the ``top_groups`` best groups can be chosen; groups
+            that tie exactly for the last place are all allowed.
+        group_sum: a group counts as the sum of its best ``group_sum`` experts.
 
     Returns:
-        [T, count] float32, 1 at chosen experts and 0 elsewhere.
+        [E, ...], about −1e30 at barred experts.
     """
-    chosen = torch.zeros(*experts.shape[:-1], count, device=experts.device)
-    return chosen.scatter_(-1, experts, 1.0)
+    grouped = scores.unflatten(0, (groups, -1))  # [groups, E / groups, ...]
+    best = best_values(grouped.transpose(0, 1), group_sum)
+    worth = best[0]
+    for value in best[1:]:
+        worth = worth + value
+    last = best_values(worth, top_groups)[-1]
+    barred = (worth - last).sign_().clamp_max_(0).mul_(-BARRED)  # 0 or −1e30
+    return (grouped + barred.unsqueeze(1)).flatten(0, 1)
 
 
 @torch.no_grad()
-def topk_margin(best: Tensor, k: int) -> Tensor:
-    """By how much the k-th expert beat the (k+1)-th.
+def choice_shares(scores: Tensor, best: Sequence[Tensor], k: int) -> Tensor:
+    """Who is chosen.
 
     Args:
-        best: [T, k + 1] scores, falling.
+        scores: [E, ...].
+        best: their best values, at least ``k``.
 
     Returns:
-        [T], not negative; a small one means that a small error changes the choice.
+        [E, ...] float32, 1 at the k best experts and 0 elsewhere; of q experts that tie for the
+        last p places each has p/q.
     """
-    return best[..., k - 1] - best[..., k]
+    last = best[k - 1]
+    side = (scores - last).sign_()  # 1 above it, 0 where it is, −1 below
+    above = torch.zeros_like(last)
+    for value in best[: k - 1]:
+        above += (value - last).sign_()
+    # the sum of the sides is above − below, and above + tied + below is all
+    tied = side.sum(0).add_(scores.shape[0]).sub_(above, alpha=2)
+    share = (k - above).div_(tied)
+    return side.add_(share).clamp_(0, 1)
 
 
 @torch.no_grad()
-def mixing_entropy(log_p: Tensor, chosen: Tensor | None = None) -> Tensor:
+def mixing_entropy(log_scores: Tensor, chosen: Tensor | None = None) -> Tensor:
     """Entropy of the weights with which a token's chosen experts are mixed, from 0 to ln k nats.
 
     The weights are the scores of the chosen experts over their sum: without the expert bias, which
     enters, as group limits do, by what is chosen.
 
     Args:
-        log_p: [T, k] ln p of the chosen experts; or [T, E] of all, with
-        chosen: [T, E] 1 at the chosen ones.
+        log_scores: [k, ...] of the chosen experts; or [E, ...] of all, with
+        chosen: [E, ...] 1 at the chosen ones, a share where the last place is shared.
 
     Returns:
-        [T]; 0 for a token that goes nowhere.
+        [...]; 0 for a token that goes nowhere.
     """
     if chosen is None:
-        return routing_entropy(log_probabilities(log_p))
-    kept = chosen > 0
-    entropy = routing_entropy(log_probabilities(log_p.masked_fill(~kept, -torch.inf)))
-    return torch.where(kept.any(-1), entropy, 0.0)
+        return routing_entropy(weigh(log_scores))
+    barred = (chosen.sign() - 1).mul_(-BARRED)
+    log, weight, best, _ = weigh(log_scores + barred)
+    weight = weight * chosen
+    total = weight.sum(0)
+    # nobody is chosen: 0 = ln 1 − 0
+    somewhere = total.sign()
+    total = total + (1 - somewhere)
+    return total.log() - (weight * log).sum(0) / total
 
 
 @torch.no_grad()
-def bias_agreement(chosen: Tensor, free: Tensor) -> Tensor:
+def bias_agreement(chosen: Tensor, free: Tensor, k: int) -> Tensor:
     """Share of the choices that would have been made without the expert bias.
 
     Args:
-        chosen: [T, E], 1 at the experts that were chosen.
-        free: [T, k] experts that the bare scores choose.
+        chosen, free: [E, ...] maps of the choice and of what the bare scores would choose.
+        k: experts that the bare scores choose.
 
     Returns:
-        [T] from 0 to 1.
+        [...] from 0 to 1.
     """
-    return chosen.gather(-1, free).mean(-1)
+    return torch.minimum(chosen, free).sum(0) / k

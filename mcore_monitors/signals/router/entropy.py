@@ -4,18 +4,22 @@ All experts count, before top-k, and neither the expert bias nor group limits en
 choice (:mod:`.choice`), not the scores that weigh the experts' outputs. Not the entropy of the
 expert load. Everything is per token, so that micro-batches and ranks add up to the right mean;
 worked on in float32 whatever the format of the logits.
+
+Experts come first: [E, ...], tokens in any arrangement behind them. Sums over experts then run along
+the tokens, which lie side by side in memory: on a CPU five to ten times as fast as the other way.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 #: stands for −inf where a product with 0 has to be 0
-_BARRED = -1e30
+BARRED = -1e30
 
 
 @torch.no_grad()
@@ -25,11 +29,11 @@ def log_scores(logits: Tensor, score: str = "softmax") -> Tensor:
     As a softmax of logarithms, p = s/Σs does not underflow to 0/0 where all scores are tiny.
 
     Args:
-        logits: [..., E] in any float format.
+        logits: [E, ...], or in any other order, in any float format. −inf for a barred expert.
         score: ``softmax``; ``sigmoid`` for s = σ(z); ``sqrtsoftplus`` for s = √ln(1 + eᶻ).
 
     Returns:
-        [..., E] float32.
+        float32 of the same shape.
 
     Raises:
         ValueError: ``score`` is none of the three.
@@ -47,47 +51,69 @@ def log_scores(logits: Tensor, score: str = "softmax") -> Tensor:
     )
 
 
+class Weighed(NamedTuple):
+    """Each token's scores against its best one: all that entropies and probabilities are made of.
+
+    ln p is ``log − total.log()``, p is ``weight / total``.
+    """
+
+    #: [E, ...] ln s − max ln s; −1e30, and never −inf, for a barred expert
+    log: Tensor
+    #: [E, ...] its exponential, from 0 to 1
+    weight: Tensor
+    #: [...] max ln s
+    best: Tensor
+    #: [...] sum of the weights, from 1 to E
+    total: Tensor
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """[...] ln Σ s."""
+        return self.best + self.total.log()
+
+
 @torch.no_grad()
-def scores(logits: Tensor, score: str = "softmax") -> Tensor:
+def weigh(log_scores: Tensor) -> Weighed:
+    """Take each token's best score as the unit.
+
+    Args:
+        log_scores: [E, ...], what :func:`log_scores` gives.
+    """
+    best = log_scores.amax(0)
+    # so that p ln p is 0 · (−1e30) and not 0 · (−inf) for a barred expert; NaN stays NaN
+    log = (log_scores - best).clamp_min_(BARRED)
+    weight = log.exp()
+    return Weighed(log, weight, best, weight.sum(0))
+
+
+@torch.no_grad()
+def scores(weighed: Weighed, score: str = "softmax") -> Tensor:
     """The scores that experts are compared by, before the expert bias: softmax, σ(z), √softplus(z).
 
     Args:
-        logits: [..., E] in any float format.
+        weighed: what :func:`weigh` makes of the score's logarithms.
 
     Returns:
-        [..., E] float32. For all but softmax they don't add up to one.
+        [E, ...] float32. For all but softmax they don't add up to one.
     """
     if score == "softmax":
-        return logits.float().softmax(-1)
-    return log_scores(logits, score).exp()
+        return weighed.weight / weighed.total
+    return (weighed.log + weighed.best).exp_()
 
 
 @torch.no_grad()
-def log_probabilities(log_scores: Tensor) -> Tensor:
-    """ln p over all experts; finite also for an expert that is barred (a logit of −inf).
-
-    Args:
-        log_scores: [..., E], what :func:`log_scores` gives.
-    """
-    # so that p ln p is 0 · (−1e30) and not 0 · (−inf) there; NaN stays NaN
-    shifted = log_scores.clamp_min(_BARRED)
-    shifted = shifted - shifted.amax(-1, keepdim=True)
-    # what log_softmax does, which on a CPU takes several times as long for few experts
-    return shifted - shifted.exp().sum(-1, keepdim=True).log()
-
-
-@torch.no_grad()
-def routing_entropy(log_p: Tensor) -> Tensor:
+def routing_entropy(weighed: Weighed) -> Tensor:
     """−Σ p ln p of a token (arXiv 2606.28116, Eq 8), from 0 to ln E nats.
 
-    Args:
-        log_p: [..., E], what :func:`log_probabilities` gives.
+    Returns:
+        [...] float32.
     """
-    return -torch.linalg.vecdot(log_p.exp(), log_p)
+    # with w = p·t, t their sum: −Σ p (ln w − ln t) = ln t − Σ w ln w / t
+    return weighed.total.log() - (weighed.weight * weighed.log).sum(0) / weighed.total
 
 
 @torch.no_grad()
-def predicted_entropy(log_scores: Tensor) -> Tensor:
+def predicted_entropy(weighed: Weighed) -> Tensor:
     """Second-order entropy of a token, ln E − ‖z − z̄‖²/(2E), z̄ the token's mean over experts.
 
     Its mean over tokens is ln E − tr(W_c M W_cᵀ)/(2E) with the centred weight W_c and the inputs'
@@ -97,21 +123,23 @@ def predicted_entropy(log_scores: Tensor) -> Tensor:
     without bound.
 
     Args:
-        log_scores: [..., E]; what :func:`log_scores` gives (for softmax the logits).
+        weighed: of the score's logarithms (for softmax, of the logits).
 
     Returns:
-        [...] in nats. −inf or NaN where an expert is barred (a logit of −inf).
+        [...] in nats. −inf or NaN where an expert is barred.
     """
-    experts = log_scores.shape[-1]
-    centred = log_scores - log_scores.mean(-1, keepdim=True)
-    return math.log(experts) - torch.linalg.vecdot(centred, centred) / (2 * experts)
+    log = weighed.log
+    experts = log.shape[0]
+    # the largest is 0, so that a square of the mean is at most E − 1 times the variance
+    mean = log.sum(0) / experts
+    return math.log(experts) - ((log * log).sum(0) / experts - mean * mean) / 2
 
 
 @torch.no_grad()
-def squared_logsumexp(logits: Tensor) -> Tensor:
+def squared_logsumexp(weighed: Weighed) -> Tensor:
     """ln²(Σ_e exp z_e) of a token, whose mean is the router z of ST-MoE (arXiv 2202.08906, Eq 5).
 
     Args:
-        logits: [..., E] raw logits, whatever the score.
+        weighed: of the raw logits, whatever the score.
     """
-    return torch.logsumexp(logits.float(), -1).square()
+    return weighed.logsumexp.square()
