@@ -3,7 +3,8 @@
     nice -n 19 python benchmarks/conservation_healthy.py --json healthy.json
 
 Trains a small GPT on the standard library's sources with the real Megatron-core, one layout and
-number format after another, and samples every step. A row says how near to its limit each residual
+number format after another, and a Hugging Face model under DeepSpeed
+(conservation_healthy_deepspeed.py), and samples every step. A row says how near to its limit each residual
 came. Can be stopped and started again: rows that the file holds already are kept.
 """
 
@@ -40,7 +41,7 @@ MODEL = """
 --num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128
 --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm
 --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
---untie-embeddings-and-output-weights --micro-batch-size 2 --global-batch-size 4
+--untie-embeddings-and-output-weights --micro-batch-size 4 --global-batch-size 4
 --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --lr-decay-iters 1000000 --lr-warmup-iters 50
 --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
 --split 98,2,0 --tokenizer-type NullTokenizer --vocab-size 256 --num-workers 0 --eval-iters 0
@@ -66,6 +67,10 @@ LAYOUTS: dict[str, tuple[int, str, bool]] = {
     "PP 2": (2, "--pipeline-model-parallel-size 2", False),
 }
 FORMATS = {"fp32": "", "bf16": "--bf16"}
+HUGGING_FACE = "Hugging Face under DeepSpeed"
+
+
+NAMES = [*LAYOUTS, HUGGING_FACE]
 
 
 def main() -> None:
@@ -77,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2000, help="sampled steps of each run")
     parser.add_argument("--seed", type=int, default=1, help="of the weights and the data's order")
-    parser.add_argument("--only", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--json", type=Path, help="write the rows to this file, and start from it")
     arguments = parser.parse_args()
@@ -110,7 +115,6 @@ def _known(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(layout: str, form: str, steps: int, seed: int) -> dict[str, Any]:
     """Train one run and read how near each residual came to its limit."""
-    processes, arguments, experts = LAYOUTS[layout]
     folder = Path(tempfile.mkdtemp(prefix="conservation-healthy-"))
     monitors = {f: {"enabled": f == "conservation"} for f in MonitorsConfig.__dataclass_fields__}
     config = folder / "monitors.yaml"
@@ -125,14 +129,16 @@ def measure(layout: str, form: str, steps: int, seed: int) -> dict[str, Any]:
             }
         )
     )
-    data = text.build(ROOT / "data" / "stdlib")
-    command = [
-        sys.executable, str(ROOT / "launch" / "pretrain_gpt.py"),
-        *MODEL, *default_arguments(experts=experts), *arguments.split(), *FORMATS[form].split(),
-        "--train-iters", str(steps), "--seed", str(seed), "--data-path", str(data),
-        "--data-cache-path", str(folder / "cache"),
-        "--mcore-monitors", str(config), "--mcore-monitors-cpu",
-    ]  # fmt: skip
+    if layout == HUGGING_FACE:
+        processes = 1
+        command = [
+            sys.executable, str(ROOT / "benchmarks" / "conservation_healthy_deepspeed.py"),
+            "--monitors", str(config), "--steps", str(steps), "--seed", str(seed),
+            *FORMATS[form].split(),
+        ]  # fmt: skip
+    else:
+        processes = LAYOUTS[layout][0]
+        command = _megatron(layout, form, steps, seed, folder, config)
     began = time.time()
     _train(command, processes, folder)
     samples = HistoryReader(folder / "run").read()
@@ -155,6 +161,21 @@ def measure(layout: str, form: str, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _megatron(
+    layout: str, form: str, steps: int, seed: int, folder: Path, config: Path
+) -> list[str]:
+    """The command of one Megatron process."""
+    _, arguments, experts = LAYOUTS[layout]
+    data = text.build(ROOT / "data" / "stdlib")
+    return [
+        sys.executable, str(ROOT / "launch" / "pretrain_gpt.py"),
+        *MODEL, *default_arguments(experts=experts), *arguments.split(), *FORMATS[form].split(),
+        "--train-iters", str(steps), "--seed", str(seed), "--data-path", str(data),
+        "--data-cache-path", str(folder / "cache"),
+        "--mcore-monitors", str(config), "--mcore-monitors-cpu",
+    ]  # fmt: skip
+
+
 def _train(command: list[str], processes: int, folder: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -168,6 +189,7 @@ def _train(command: list[str], processes: int, folder: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
         }
         log = (folder / f"rank{rank}.log").open("w")
         children.append(
@@ -219,7 +241,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "made_by": {
             "command": " ".join(["python", "benchmarks/conservation_healthy.py", *sys.argv[1:]]),
             "date": datetime.now(UTC).date().isoformat(),
-            "versions": {n: version(n) for n in ("mcore-monitors", "megatron-core", "torch")},
+            "versions": {n: version(n) for n in ("mcore-monitors", "megatron-core", "deepspeed", "transformers", "torch")},
         },
     }
 

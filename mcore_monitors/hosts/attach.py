@@ -63,6 +63,7 @@ def build_monitors(
                 judged=config.detection.windows,
                 parts=parts,
                 collective=collective,
+                every=wanted.attention_update.every,
                 snapshots=wanted.attention_update.snapshots,
             ),
         ),
@@ -82,7 +83,12 @@ def build_monitors(
             wanted.conservation.enabled,
             model.conserves,
             "attention, norm, router or output layer that keeps its identities",
-            lambda: ConservationMonitor(model, context, vocabulary),
+            lambda: ConservationMonitor(
+                model,
+                context,
+                vocabulary,
+                whole=config.check or wanted.conservation.whole,
+            ),
         ),
         "attention_activity": (
             wanted.attention_activity.enabled,

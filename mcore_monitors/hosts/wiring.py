@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
+
+import torch
 
 from ..runtime import Runtime
 from ..views import ATTENTION_RESIDUALS, ModelView
 from .taps import AttentionTap, RouterTap, Tap
+
+
+def tapped(
+    modules: Mapping[Any, torch.nn.Module], observe: Callable[..., None], runtime: Runtime
+) -> dict[Any, Tap]:
+    """Give each norm or output layer a tap of its own, where the monitor that listens is on."""
+    if all(monitor.name != "conservation" for monitor in runtime.monitors):
+        return {}
+    taps = {place: Tap(runtime.state) for place in modules}
+    for place, module in modules.items():
+        observe(module, taps[place])
+    return taps
 
 
 def wire(

@@ -136,7 +136,8 @@ def gradients(monitor: Monitor) -> None:
         monitor.on_router(layer, logits, None)
         arrive(logits)
     for bias in (None, empty(64)):
-        x, y = (empty(16, 2, 64).requires_grad_() for _ in range(2))
+        x = empty(16, 2, 64).requires_grad_()
+        y = x * 1
         monitor.on_norm(2, 1, NormCall(x=x, y=y, eps=1e-5, centred=bias is not None, bias=bias))
         caught.reverse()
         arrive(y, x)
@@ -188,7 +189,7 @@ def test_router(rule: str, biased: bool) -> None:
 @pytest.mark.parametrize("context", ["whole", "in shards"])
 def test_conservation(context: str, vocabulary: str) -> None:
     over, entries = (GroupSum(None) if x == "whole" else Doubling() for x in (context, vocabulary))
-    monitor = ConservationMonitor(view(), over, entries)
+    monitor = ConservationMonitor(view(), over, entries, whole=True)
     one_sample_after_another(monitor, gradients)
     monitor.restart()
 
@@ -228,7 +229,7 @@ def test_a_buffer_on_the_host_is_seen() -> None:
 @pytest.mark.parametrize("wrong", [ConservationThatLooks, ConservationThatBranches])
 def test_a_hook_that_waits_for_the_card_is_seen(wrong: type[ConservationMonitor]) -> None:
     with pytest.raises(Exception, match="_local_scalar_dense|data-dependent"):
-        one_sample_after_another(wrong(view(), GroupSum(None)), gradients)
+        one_sample_after_another(wrong(view(), GroupSum(None), whole=True), gradients)
 
 
 def test_weights_on_the_host_are_seen() -> None:

@@ -13,16 +13,19 @@ import torch
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
+from ...catalogue.conservation import NORMS
 from ...monitors.base import StepState
-from ...views import ActivityView, AttentionView, ModelView, Replica, RouterView
+from ...views import ActivityView, AttentionView, Conserved, ModelView, Replica, RouterView
 from ..huggingface.attention import FoundAttention, find_attention
 from ..huggingface.blocks import attention_width, find_blocks
 from ..huggingface.kernels import breaks_key_shift, hides_logits, logit_scale
 from ..huggingface.layers import number_layers
+from ..huggingface.norms import find_norms, find_output
 from ..huggingface.observed_attention import observe_attention, why_not_observed
 from ..huggingface.observed_router import observe_router
 from ..huggingface.routers import FoundRouter, find_routers
 from ..huggingface.stub import norm_scale
+from ..observed_norm import norm_form
 from .gates import GateTap, gate_rule, noisy
 from .weights import gathers, whole, whole_shape
 
@@ -39,6 +42,10 @@ class ModuleDescription:
     view: ModelView
     attentions: dict[int, nn.Module] = field(default_factory=dict)
     routers: dict[int, nn.Module] = field(default_factory=dict)
+    #: norms by layer number and place in ``NORMS``, and the output layer under the last layer: they
+    #: carry no tap, see :func:`..observed_norm.observe_norm` and :mod:`..observed_output`
+    norms: dict[tuple[int, int], nn.Module] = field(default_factory=dict)
+    outputs: dict[int, nn.Module] = field(default_factory=dict)
     #: layer number to the whole layer
     layers: dict[int, nn.Module] = field(default_factory=dict)
     #: hidden size; None where it is not the same everywhere
@@ -95,6 +102,8 @@ def describe(
     for router in routers:
         _take_router(found, router, numbers[router.path], replica, state)
     found.layers = find_blocks(module, numbers)
+    _take_norms(found, module, {numbers[a.path]: a for a in attentions})
+    _take_output(found, module)
     widths = {attention_width(a, whole_shape) for a in attentions}
     widths |= {g.wg.in_features for g in gates.values()}
     found.width = widths.pop() if len(widths) == 1 else None
@@ -176,6 +185,44 @@ def _scaled(
     if scale.numel() == head_dim:
         return rows * scale[:, None]
     return rows * scale.unflatten(0, (heads, head_dim))[:, :, None]
+
+
+def _take_norms(
+    found: ModuleDescription, module: nn.Module, attentions: dict[int, FoundAttention]
+) -> None:
+    view = found.view
+    found.norms, unknown = find_norms(module, found.layers, attentions)
+    view.left_out += unknown
+    if not found.norms:
+        return
+    # the fewest channels of all norms, for the floor is theirs; 0 where none has a weight
+    weights = [getattr(norm, "weight", None) for norm in found.norms.values()]
+    channels = min((whole_shape(w).numel() for w in weights if w is not None), default=0)
+    for (layer, _), norm in found.norms.items():
+        centred = norm_form(norm)[1]
+        for signal in ("norm/scale", "norm/shift") if centred else ("norm/scale",):
+            if signal not in view.conserved:
+                view.conserved[signal] = Conserved(
+                    units=len(NORMS), dtype=view.activation_dtype, channels=channels
+                )
+            view.conserved[signal].places[layer] = (0, len(NORMS))
+
+
+def _take_output(found: ModuleDescription, module: nn.Module) -> None:
+    view = found.view
+    output, reason = find_output(module)
+    if reason is not None:
+        view.left_out.append(reason)
+    weight = getattr(output, "weight", None)
+    if weight is None:
+        return
+    found.outputs = {view.layers: output}
+    view.conserved["output/vocabulary_shift"] = Conserved(
+        units=1,
+        dtype=view.activation_dtype,
+        channels=whole_shape(weight)[0],
+        places={view.layers: (0, 1)},
+    )
 
 
 def _take_gate(

@@ -22,9 +22,11 @@ from ...runtime import Runtime
 from ...views import Replica
 from ..attach import Progress, attach
 from ..ending import end_profiled
+from ..observed_norm import observe_norm
+from ..observed_output import observe_output
 from ..orders import tell_remedy
 from ..refusal import refusing
-from ..wiring import wire
+from ..wiring import tapped, wire
 from .checkpoints import Checkpoints, order_for_all
 from .data import data_way
 from .describe import describe
@@ -134,6 +136,8 @@ class EngineMonitors:
             self._model.view,
             {n: m.mcore_monitors_tap for n, m in self._model.attentions.items()},
             {n: m.mcore_monitors_tap for n, m in self._model.routers.items()},
+            tapped(self._model.norms, observe_norm, runtime),
+            tapped(self._model.outputs, observe_output, runtime),
             layers=tapped_layers(self._model.layers, runtime),
         )
         if self._loss_scale is not None:

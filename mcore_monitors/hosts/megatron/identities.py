@@ -6,6 +6,7 @@ watched.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ def add_identities(view: ModelView, config: Any, vocabulary: int) -> None:
     view.conserved["router/shift"].dtype = _ROUTER_FORMATS.get(
         config.moe_router_dtype, config.params_dtype
     )
-    norms = {"units": len(NORMS), "dtype": config.params_dtype, "channels": config.hidden_size}
+    # the fewest channels of all norms: the floor is theirs
+    channels = min(config.hidden_size, head_dim(config) if config.qk_layernorm else math.inf)
+    norms = {"units": len(NORMS), "dtype": config.params_dtype, "channels": channels}
     view.conserved["norm/scale"] = Conserved(**norms)
     if config.normalization == "LayerNorm":
         view.conserved["norm/shift"] = Conserved(**norms)

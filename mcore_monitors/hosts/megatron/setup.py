@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from ..attach import Progress, attach
 from ..ending import end_profiled
 from ..observed_layer import LayerTap, observe_layer
 from ..observed_norm import observe_norm
+from ..observed_output import observe_output
 from ..orders import put_fault, tell_remedy
 from ..taps import AttentionTap, RouterTap, Tap
-from ..wiring import wire
+from ..wiring import tapped, wire
 from .graphs import captured
 from .kernels import faulty_kernel, safe_kernel, why_not_safe
 from .kss import shape
 from .model import MegatronModel
-from .observed_output import observe_output
 from .router_weights import routing_rule
 from .stream import take_stream
 
@@ -127,8 +126,8 @@ def _tap(runtime: Runtime, model: MegatronModel) -> None:
         model.view,
         {layer: module.mcore_monitors_tap for layer, module in model.attentions.items()},
         {layer: module.mcore_monitors_tap for layer, module in model.routers.items()},
-        _tapped(model.norms, observe_norm, runtime),
-        _tapped(model.outputs, observe_output, runtime),
+        tapped(model.norms, observe_norm, runtime),
+        tapped(model.outputs, observe_output, runtime),
         _tapped_layers(model, runtime),
     )
 
@@ -141,18 +140,6 @@ def _tapped_layers(model: MegatronModel, runtime: Runtime) -> dict[int, Tap]:
     taps = {n: LayerTap(runtime.state, koopman.every) for n in model.view.residual.layers}
     for number, tap in taps.items():
         observe_layer(model.layers[number], tap, batch_first=False)
-    return taps
-
-
-def _tapped(
-    modules: dict[Any, torch.nn.Module], observe: Callable[..., None], runtime: Runtime
-) -> dict[Any, Tap]:
-    """Give each module a tap of its own, where the monitor that listens is on."""
-    if all(monitor.name != "conservation" for monitor in runtime.monitors):
-        return {}
-    taps = {place: Tap(runtime.state) for place in modules}
-    for place, module in modules.items():
-        observe(module, taps[place])
     return taps
 
 

@@ -62,6 +62,9 @@ _LIMIT_BFLOAT16 = {"key_shift": 2.5e-3}
 _OF_BFLOAT16 = {torch.bfloat16: 1.0, torch.float16: 2.0**-3}
 _FLOAT32 = 2e-6
 _FLOAT64 = 2e-13
+#: query–key's floor over these: a product that is added up in its own format errs in units of its
+#: terms, not of the result, and keys with a large part in common cancel in dQ = dS K
+_CANCELS = 10.0
 
 
 def floor(residual: str, dtype: torch.dtype, sequence_length: int, head_dim: int) -> float:
@@ -81,12 +84,13 @@ def floor(residual: str, dtype: torch.dtype, sequence_length: int, head_dim: int
     for name, size in (("sequence_length", sequence_length), ("head_dim", head_dim)):
         if size < 1:
             raise ValueError(f"{name}: {size!r} cannot be used; allowed: >= 1")
+    cancels = _CANCELS if residual == "query_key" else 1.0
     if dtype == torch.float64:
-        return _FLOAT64
+        return cancels * _FLOAT64
     if dtype == torch.float32:
         if residual == "vocabulary_shift":
             return max(_FLOAT32, 4e-6 * (head_dim / 8192) ** 0.75)
-        return _FLOAT32
+        return cancels * _FLOAT32
     if dtype not in _OF_BFLOAT16:
         raise ValueError(
             f"dtype: {dtype} has no known {residual} floor; allowed: torch.float64, "

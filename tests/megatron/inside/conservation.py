@@ -18,9 +18,9 @@ from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, NORMS
 from mcore_monitors.detection.localise import localise
 from mcore_monitors.hosts.megatron.kernels import faulty_kernel
 from mcore_monitors.hosts.megatron.model import MegatronModel
-from mcore_monitors.hosts.megatron.observed_output import observe_output
 from mcore_monitors.hosts.megatron.registration import register
 from mcore_monitors.hosts.observed_norm import observe_norm
+from mcore_monitors.hosts.observed_output import observe_output
 from mcore_monitors.hosts.taps import AttentionTap, RouterTap, Tap
 from mcore_monitors.hosts.wiring import wire
 from mcore_monitors.monitors.base import StepState

@@ -1,4 +1,4 @@
-"""Megatron's output layer with a place for a tap."""
+"""The layer that gives the logits, with a place for a tap."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from ..taps import Tap
+from .taps import Tap
 
 
 def observe_output(module: torch.nn.Module, tap: Tap) -> None:
-    """Let an output layer tell its tap of its logits [S, B, V / tensor-parallel ranks]."""
+    """Let an output layer tell its tap of its logits [..., V / tensor-parallel ranks]."""
 
     def after(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module.training and tap.watches():
