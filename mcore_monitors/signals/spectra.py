@@ -36,7 +36,7 @@ def measures(singular_values_squared: Tensor) -> Measures:
         where one is not finite nothing is.
     """
     total = singular_values_squared.sum(-1)
-    entropy = spectral_entropy(singular_values_squared)
+    entropy = _entropy(singular_values_squared, total)
     return Measures(
         effective_rank=entropy.exp(),
         spectral_entropy=entropy,
@@ -54,8 +54,11 @@ def spectral_entropy(singular_values_squared: Tensor) -> Tensor:
     Returns:
         [...], nats, from 0 to ln n; NaN where all values are zero or one is not finite.
     """
-    p = singular_values_squared / singular_values_squared.sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1)
+    return _entropy(singular_values_squared, singular_values_squared.sum(-1))
+
+
+def _entropy(singular_values_squared: Tensor, total: Tensor) -> Tensor:
+    return torch.special.entr(singular_values_squared / total.unsqueeze(-1)).sum(-1)
 
 
 def effective_rank(singular_values_squared: Tensor) -> Tensor:

@@ -41,6 +41,10 @@ _PIECE_BYTES_ELSEWHERE = 256 * 2**20
 #: of the cache: without the gap the products take a twentieth longer on a CPU.
 _GAP = 64
 
+#: Rows of a matrix up to which calls cost more than the work in them. MKL's Cholesky takes ten
+#: times as long for 128 as for 64.
+_SMALL = 64
+
 
 class Gram(NamedTuple):
     """Gram matrices of [ΔW; W] in blocks, float64, with W the old weight [n, d, D]."""
@@ -152,17 +156,14 @@ def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGram
     Returns:
         Gram matrices of len(olds) × H heads and as many groups, one comparison after the other.
     """
-    d, times = new.shape[1], len(olds)
-    shape = times, len(new)
-    upper = torch.empty(*shape, d, 2 * d, dtype=torch.float64, device=new.device)
-    lower = torch.empty(*shape, d, d, dtype=torch.float64, device=new.device)
-    for old, *into in zip(olds, upper, lower, strict=True):
-        _multiply(old, new, *into)
-    sides = (
-        [block[:, part].flatten(0, 1) for block in (upper[..., :d], upper[..., d:], lower)]
-        for part in (slice(heads), slice(heads, None))
-    )
-    return UpdateGrams(*(Gram(*blocks) for blocks in sides))
+    found = [_gram(old, new, torch.float64) for old in olds]
+    sides = []
+    for blocks in zip(*found, strict=True):
+        split = [block.tensor_split([heads]) for block in blocks]
+        sides.append(
+            split[0] if len(split) == 1 else [torch.cat(x) for x in zip(*split, strict=True)]
+        )
+    return UpdateGrams(*(Gram(*blocks) for blocks in zip(*sides, strict=True)))
 
 
 @torch.no_grad()
@@ -229,37 +230,36 @@ def _no_reduced_precision() -> Iterator[None]:
 
 def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
     """Gram matrices of [ΔW; W], W the old weight."""
-    n, d, _ = old.shape
-    upper = torch.empty(n, d, 2 * d, dtype=dtype, device=old.device)
-    lower = torch.empty(n, d, d, dtype=dtype, device=old.device)
-    _multiply(old, new, upper, lower)
-    upper = upper.double()
-    return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
-
-
-def _multiply(old: Tensor, new: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """The upper half [n, d, 2d] of [ΔW; W][ΔW; W]ᵀ and its lower right block [n, d, d]."""
     n, d, hidden = old.shape
     limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
-    step = max(1, min(n, limit // max(1, 2 * d * hidden * upper.itemsize)))
-    step = next(size for size in range(step, 0, -1) if n % size == 0)
+    step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
+    while n % step:
+        step -= 1
+    # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
+    upper = torch.empty(n, d, 2 * d, dtype=dtype, device=old.device)
+    lower = torch.empty(n, d, d, dtype=dtype, device=old.device)
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
     both = upper.new_empty(step, 2 * d, hidden + _GAP)[:, :, :hidden]
-    update, weight = both[:, :d], both[:, d:]
+    update, weight = both.tensor_split(2, dim=1)
     both_t, weight_t = both.mT, weight.mT
-    pieces = (tensor.split(step) for tensor in (old, new, upper, lower))
-    for before, now, first, second in zip(*pieces, strict=True):
+    whole = old, new, upper, lower
+    pieces = zip(*(x.split(step) for x in whole), strict=True) if step < n else [whole]
+    for before, now, first, second in pieces:
         weight.copy_(before)
         update.copy_(now).sub_(weight)
         torch.bmm(update, both_t, out=first)
         torch.bmm(weight, weight_t, out=second)
+    upper = upper.double()
+    return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
 
 
 def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Leading block [H, d, d] of U, and U (B Bᵀ) Uᵀ [H, 2d, 2d], which has Δ2's eigenvalues.
 
-    Of the second only the upper triangle is filled in.
+    Of the second only the upper triangle need be filled in. Small matrices are taken as a whole,
+    in a third of the calls, larger ones block by block: U has no lower left block, and half of what
+    is symmetric is enough.
     """
     query, key = grams
     heads, d = query.update.shape[:2]
@@ -267,6 +267,12 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # negative, seen down to −n·eps/3 of the GEMM's format and a few n·eps of this one, with rows of
     # unit length; Cholesky needs them lifted over zero.
     lift = 2 * d * (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float64).eps)
+    if 2 * d <= _SMALL:
+        factor, absent = _factor(whole := query.whole(update_first=True), whole, lift)
+        factor.diagonal(dim1=1, dim2=2).sub_(absent)
+        inner = of_heads(key.whole(update_first=False), heads)
+        return factor[:, :d, :d], factor @ inner @ factor.mT
+
     first, still = _factor(query.update, query.update, lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
     rest = torch.baddbmm(query.weight, across.mT, across, alpha=-1)
@@ -309,10 +315,10 @@ def _factor(matrix: Tensor, of: Tensor, lift: float) -> tuple[Tensor, Tensor]:
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Upper Cholesky factor [n, m, m], and where there is none [n].
 
-    Block by block, because MKL takes ten times as long for m = 128 as for m = 64.
+    Block by block where it is large.
     """
     m = matrix.shape[1]
-    if m <= 64:
+    if m <= _SMALL:
         # Transposed, the same matrix: LAPACK's own layout, which saves a copy.
         factor, info = torch.linalg.cholesky_ex(matrix.mT, upper=True)
         return factor, info != 0
@@ -336,9 +342,10 @@ def _eigenvalues_of(gram: Tensor) -> Tensor:
     than its trace, which therefore tells.
     """
     broken = ~gram.diagonal(dim1=1, dim2=2).sum(1).isfinite()[:, None]
-    # On a CPU asking costs nothing, and a pass over all matrices is a fortieth of the time.
-    if gram.device.type != "cpu" or broken.any():
+    # On a CPU asking costs little, and a pass over all matrices is a fortieth of the time.
+    whole = gram.device.type == "cpu" and not broken.any()
+    if not whole:
         gram.masked_fill_(broken[:, :, None], 0.0)
     # Transposed, the upper triangle is the lower one of LAPACK's own layout, which saves a copy.
     values = torch.linalg.eigvalsh(gram.mT).clamp_(min=0).flip(-1)
-    return values.masked_fill_(broken, torch.nan)
+    return values if whole else values.masked_fill_(broken, torch.nan)

@@ -18,6 +18,13 @@ ROUTES = [update_spectra, update_spectra_qr]
 FLOAT32 = torch.float32
 
 
+@pytest.fixture(params=["as a whole", "in blocks"], autouse=True)
+def both_ways(request, monkeypatch):
+    """Small matrices are taken as a whole, larger ones in blocks: here each in turn."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(module, "_SMALL", 4)
+
+
 def weights(heads=H, decay=0.0, seed=0, shape=(d, D)):
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(heads, *shape, generator=g, dtype=torch.float64)
