@@ -89,6 +89,10 @@ class Grid:
         """Iterations between two comparisons of a window."""
         return self._strides[window]
 
+    def record(self, window: int) -> int:
+        """Iterations between two comparisons at which all is computed."""
+        return self._records[window]
+
     def period(self, window: int) -> int:
         """Iterations between two records that share no step, fit to tell what persists."""
         return self._periods[window]

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import planning  # noqa: E402
+import planning_formulas as formulas  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=planning.SIZES[:2], ids=str)
@@ -33,21 +34,21 @@ def test_the_documents_table_is_the_scripts() -> None:
     assert planning.table(planning.all_rows()) in (ROOT / "docs" / "planning.md").read_text()
 
 
-@pytest.mark.parametrize("model", planning.MODELS, ids=lambda m: m.name)
-def test_all_ranks_together_have_every_head(model: planning.Model) -> None:
+@pytest.mark.parametrize("model", formulas.MODELS, ids=lambda m: m.name)
+def test_all_ranks_together_have_every_head(model: formulas.Model) -> None:
     for part in model.parts:
-        for gpus in planning.GPUS:
-            heads, keys = planning.share(model, part, gpus)
+        for gpus in formulas.GPUS:
+            heads, keys = formulas.share(model, part, gpus)
             assert heads * gpus >= model.layers * part.heads
             assert 1 <= keys <= heads
         # with one replica a rank has all heads of its stage
-        alone, _ = planning.share(model, part, model.tensor * model.pipeline)
+        alone, _ = formulas.share(model, part, model.tensor * model.pipeline)
         assert alone >= model.layers * part.heads / (model.tensor * model.pipeline)
 
 
 def test_more_replicas_cost_less_compute_and_memory() -> None:
-    for model in planning.MODELS:
-        rows = [planning.plan(model, gpus, 10) for gpus in planning.GPUS]
+    for model in formulas.MODELS:
+        rows = [formulas.plan(model, gpus, 10) for gpus in formulas.GPUS]
         for name in ("flops", "bytes", "memory"):
             course = [row[name] for row in rows]
             assert course == sorted(course, reverse=True)
