@@ -56,10 +56,11 @@ def attention_residuals(
         x.detach().permute(2, 0, 1, 3) for x in (q, k, v, out, do, *grads)
     )
     key = c.key_shift_terms(dk, query=q, output=out, grad_output=do)
+    query_key = c.query_key_terms(q, dq, k, dk)
     return {
         "key_shift": _ratio(torch.linalg.vector_norm(key[0], dim=-1), key[1]),
         "value_output": _ratio(*c.value_output_terms(v, dv, out, do)),
-        "query_key": _ratio(*c.query_key_terms(q, dq, k, dk)),
+        "query_key": _ratio(query_key[0], query_key[1].sqrt()),
     }
 
 

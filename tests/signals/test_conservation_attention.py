@@ -88,7 +88,7 @@ def test_terms_by_loop():
             qdq = [q[:, b, h] * dq[:, b, h] for h in heads]
             torch.testing.assert_close(other[b, g], sum(x.sum() for x in qdq) - kdk.sum())
             sizes = kdk.square().sum() + sum(x.square().sum() for x in qdq)
-            torch.testing.assert_close(squares[b, g], sizes)
+            torch.testing.assert_close(squares[b, g], sizes.double())
             row = sum(
                 (q[i, b, h].norm() * (o[i, b, h] * do[i, b, h]).norm())
                 for h in heads
@@ -187,3 +187,15 @@ def test_the_residual_points_where_the_row_term_errs(kind, strength, which, shar
         delta = (do * o).sum(-1)
         want = SCALE * strength * delta.abs().mean(0) * q.sum(0).norm(dim=-1)
         torch.testing.assert_close(along[0], want, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e5])
+def test_query_key_does_not_depend_on_the_size_of_the_gradients(size):
+    """Float32's squares would be zero below 1e-23; a head with nothing to learn has such."""
+    g = torch.Generator().manual_seed(0)
+    q, dq, k, dk = (torch.randn(8, 2, 2, 4, generator=g) for _ in range(4))
+    wanted = c.query_key_from_terms(*c.query_key_terms(q, dq, k, dk))
+    got = c.query_key_from_terms(*c.query_key_terms(q, size * dq, k, size * dk))
+    torch.testing.assert_close(got, wanted)
+    got = c.query_key_squares(*c.query_key_terms(q, size * dq, k, size * dk))
+    torch.testing.assert_close(got, c.query_key_squares(*c.query_key_terms(q, dq, k, dk)))

@@ -47,8 +47,8 @@ def query_key_terms(
         key, grad_key: [S, B, G, d].
 
     Returns:
-        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], Σ (k∘dk)² + Σ (q∘dq)² [B, G]), float32, or float64 for float64
-        inputs.
+        (⟨Q, dQ⟩ − ⟨K, dK⟩ [B, G], float32, or float64 for float64 inputs; Σ (k∘dk)² + Σ (q∘dq)²
+        [B, G], float64).
     """
     return paired_terms(query, grad_query, key, grad_key, power=2)
 
@@ -69,4 +69,4 @@ def query_key_from_terms(signed: Tensor, squares: Tensor) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def query_key_squares(signed: Tensor, squares: Tensor) -> Tensor:
     """Sum over sequences of (⟨Q, dQ⟩ − ⟨K, dK⟩)² / squares, [G]; see :func:`spread_log_p`."""
-    return ratio_sums(signed.square(), squares)[0]
+    return ratio_sums(signed.double().square(), squares)[0]

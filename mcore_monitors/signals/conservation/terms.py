@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 _WIDE = (torch.float32, torch.float64)
+#: products up to 2³¹ and down to 2⁻⁹⁵ keep their squares within float32's numbers
+_LIFT = 2.0**32
 
 
 def wide(x: Tensor) -> Tensor:
@@ -18,6 +20,9 @@ def product_sums(
 ) -> tuple[Tensor, Tensor]:
     """Σ x∘dx and its scale Σ |x∘dx|^power over ``dims``, worked on in float32 or float64.
 
+    The squares are summed of lifted numbers and given in float64: the gradients of a head that has
+    nothing to learn are smaller than the root of float32's smallest number.
+
     float16 gradients below its smallest normal number have an absolute rounding error, not a
     relative one: in the scale they count as that number. The scale of nothing but zeros stays 0.
     """
@@ -27,11 +32,11 @@ def product_sums(
     if grad.dtype == torch.float16:
         size = wide_grad.abs().clamp(min=torch.finfo(torch.float16).tiny)
         scale = torch.where(scale == 0, scale, _size(wide_x * size, power).sum(dims))
-    return product.sum(dims), scale
+    return product.sum(dims), scale if power == 1 else scale.double() * _LIFT**-2
 
 
 def _size(product: Tensor, power: int) -> Tensor:
-    return product.abs() if power == 1 else product.square()
+    return product.abs() if power == 1 else (product * _LIFT).square()
 
 
 def over_groups(x: Tensor, groups: int) -> Tensor:
