@@ -163,7 +163,7 @@ def _draw(found: Profiled, path: Path) -> None:
     values = {layer.layer: layer.eigenvalues if layer.finite else [] for layer in found.layers}
     tokens = min(layer.tokens for layer in found.layers)
     title = f"{found.modes} of {found.width} modes a layer, {tokens} tokens"
-    draw(values, title).savefig(path, metadata={"Date": None})
+    draw(values, title, path)
 
 
 def for_profile(

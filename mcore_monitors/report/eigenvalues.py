@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -16,12 +17,13 @@ _REACH = 1.6
 _COLUMNS = 6
 
 
-def draw(layers: Mapping[int, Sequence[complex]], title: str) -> Figure:
-    """One small picture a layer.
+def draw(layers: Mapping[int, Sequence[complex]], title: str, path: Path) -> None:
+    """Write one small picture a layer.
 
     Args:
         layers: layer number to its eigenvalues; a layer without any is drawn empty.
         title: a line above all.
+        path: of the file; its ending says the format.
     """
     columns = min(_COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
@@ -39,8 +41,7 @@ def draw(layers: Mapping[int, Sequence[complex]], title: str) -> Figure:
             "blue: near-unit, 0.90 ≤ |λ| ≤ 1.05; red: larger; grey: smaller; triangle: |λ| > 1.6",
             fontsize=8,
         )
-        figure.canvas.draw()
-    return figure
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _draw_layer(place: matplotlib.axes.Axes, layer: int, values: Sequence[complex]) -> None:
