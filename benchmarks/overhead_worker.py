@@ -7,14 +7,16 @@ import json
 import os
 import runpy
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mcore_monitors.config import MonitorsConfig
 
-#: every monitor that there is, by its name in the settings
-MONITORS = [field.name for field in fields(MonitorsConfig)]
+#: every monitor that is on by default, by its name in the settings
+MONITORS = [
+    name for name, settings in vars(MonitorsConfig()).items() if settings.enabled is not False
+]
 #: which monitors are on in each block of a cycle
 MODES: dict[str, set[str]] = {"off": set(), "all": set(MONITORS)} | {n: {n} for n in MONITORS}
 #: samples that the attention monitors have seen before the first block, so that all their windows
@@ -57,7 +59,7 @@ class Switch:
         update = next(m for m in self.monitors if m.name == "attention_update")
         #: alone it must find the snapshots of a course of its own
         self.alone = self.course(update)
-        self.monitors = [self.course(m) if m is update else m for m in self.monitors]
+        self.monitors = [self.course(m) if m is update else self.in_turn(m) for m in self.monitors]
         for monitor in (self.alone, *self.monitors):
             monitor.collect = self.inside.around(monitor.name, monitor.collect, in_step=True)
             monitor.read = self.inside.around(monitor.name, monitor.read, in_step=True)
@@ -76,6 +78,15 @@ class Switch:
         collect, seen = monitor.collect, iter(range(self.interval, 10**9, self.interval))
         monitor.collect = lambda iteration, fields: collect(next(seen), fields)
         fill(monitor, self.view.device, self.interval)
+        return monitor
+
+    def in_turn(self, monitor: Any) -> Any:
+        """The monitor itself, told of consecutive samples whenever it takes part in one.
+
+        What is looked at in one sample out of several then comes in its turn as in a run.
+        """
+        collect, seen = monitor.collect, iter(range(self.interval, 10**9, self.interval))
+        monitor.collect = lambda iteration, fields: collect(next(seen), fields)
         return monitor
 
     def switch(self, done: int) -> None:

@@ -46,12 +46,11 @@ class Packed:
         self.fields = self._views(self._flat)
 
     def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        views, start = {}, 0
-        for name, shape in self.schema.items():
-            size = math.prod(shape)
-            views[name] = flat[start : start + size].view(shape)
-            start += size
-        return views
+        parts = flat.split([math.prod(shape) for shape in self.schema.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.schema.items(), parts, strict=True)
+        }
 
     @property
     def nbytes(self) -> int:

@@ -80,10 +80,14 @@ class Runtime:
 
     def _lay_out(self) -> None:
         schema = self._steps.schema()
+        #: monitor to its fields: as it calls them, and in the packed buffer
+        self._fields: dict[str, dict[str, str]] = {}
         for monitor in self.monitors:
             schema[f"{monitor.name}/errors"] = (1,)
+            own = self._fields[monitor.name] = {}
             for name, shape in monitor.schema().items():
-                schema[f"{monitor.name}/{name}"] = shape
+                own[name] = f"{monitor.name}/{name}"
+                schema[own[name]] = shape
         self._packed = parallel.Packed(schema, self._device)
 
     def _arm(self, iteration: int) -> None:
@@ -222,9 +226,7 @@ class Runtime:
     def _collect(
         self, monitor: Monitor, iteration: int, fields: dict[str, torch.Tensor], *, skip: bool
     ) -> None:
-        prefix = f"{monitor.name}/"
-        mine = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-        errors = mine.pop("errors")
+        mine = {name: fields[full] for name, full in self._fields[monitor.name].items()}
         try:
             if monitor.name not in self._errors and not skip:
                 with torch.no_grad():
@@ -232,7 +234,7 @@ class Runtime:
         except Exception as error:  # a monitor never breaks a run
             self._errors[monitor.name] = f"{type(error).__name__}: {error}"
         if monitor.name in self._errors:
-            errors += 1
+            fields[f"{monitor.name}/errors"] += 1
 
     def _disable_failed(self, reduced: dict[str, torch.Tensor], iteration: int) -> None:
         """Drop a monitor on all ranks together when it failed on any of them."""
@@ -265,8 +267,7 @@ class Runtime:
     ) -> Sample:
         signals = {}
         for monitor in self.monitors:
-            prefix = f"{monitor.name}/"
-            mine = {k.removeprefix(prefix): v for k, v in reduced.items() if k.startswith(prefix)}
+            mine = {name: reduced[full] for name, full in self._fields[monitor.name].items()}
             try:
                 signals |= monitor.read(mine)
             except Exception as error:  # a monitor never breaks a run; off at the next sample

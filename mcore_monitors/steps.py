@@ -9,6 +9,8 @@ import torch
 
 #: iterations back for which consumed samples are remembered
 _REMEMBERED = 10_000
+#: fields of the packed buffer: sums, and how many ranks knew the value
+_FIELDS = ("loss", "loss_count", "grad_norm", "grad_norm_count")
 
 
 class StepLog:
@@ -34,8 +36,7 @@ class StepLog:
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         """Fields of the packed buffer: a slot a step."""
-        names = ("loss", "loss_count", "grad_norm", "grad_norm_count")
-        return dict.fromkeys(names, (self._interval,))
+        return dict.fromkeys(_FIELDS, (self._interval,))
 
     def add(
         self,
@@ -63,15 +64,39 @@ class StepLog:
 
     def write(self, fields: dict[str, torch.Tensor]) -> None:
         """Add this rank's losses and gradient norms into the packed buffer."""
-        for iteration, *values in self._rows:
-            slot = iteration - self.first
-            for name, value, takes in zip(("loss", "grad_norm"), values, self._takes, strict=True):
-                if value is not None and takes:
-                    fields[name][slot] += value
-                    fields[f"{name}_count"][slot] += 1
+        # what the host knows goes over in one piece, a row a field
+        host = torch.zeros(len(_FIELDS), self._interval, dtype=torch.float64)
+        table = host.numpy()
+        there: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for place, takes in enumerate(self._takes):
+            for row in self._rows if takes else ():
+                slot, value = row[0] - self.first, row[1 + place]
+                if value is None:
+                    continue
+                table[2 * place + 1, slot] += 1
+                if isinstance(value, torch.Tensor):
+                    there.setdefault(_FIELDS[2 * place], []).append((slot, value.detach()))
+                else:
+                    table[2 * place, slot] += value
+        known = host.to(fields[_FIELDS[0]].device, non_blocking=True)
+        for name, row in zip(_FIELDS, known.unbind(0), strict=True):
+            fields[name] += row
+        for name, values in there.items():
+            _add(fields[name], values)
 
     def read(self, name: str, reduced: dict[str, torch.Tensor]) -> list[float | None]:
         """One value a step from the first to the last; None where nobody knew it."""
         slots = self._rows[-1][0] - self.first + 1
         total, count = reduced[name][:slots].tolist(), reduced[f"{name}_count"][:slots].tolist()
         return [v / n if n else None for v, n in zip(total, count, strict=True)]
+
+
+def _add(field: torch.Tensor, values: list[tuple[int, torch.Tensor]]) -> None:
+    """Add tensors of one number each to their slots of a field, without waiting for them."""
+    slots = [slot for slot, _ in values]
+    kinds = {(value.device, value.dtype, value.dim()) for _, value in values}
+    if kinds == {(field.device, values[0][1].dtype, 0)} and slots == list(range(len(slots))):
+        field[: len(slots)] += torch.stack([value for _, value in values])
+        return
+    for slot, value in values:  # a hole between them, or numbers that are not all alike
+        field[slot] += value

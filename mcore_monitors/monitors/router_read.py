@@ -1,7 +1,7 @@
 """Router readings from the sums over all ranks: every layer and signal at once.
 
-On the CPU, after the collective. A signal is a column [layers], and beside it stands in which layers
-anything was counted: the others are left out, while what was counted and is broken stays as NaN.
+On the CPU, after the collective. A signal is a column [layers], and beside it stands in which
+layers anything was counted: the others are left out, while what was counted and is broken is NaN.
 """
 
 from __future__ import annotations

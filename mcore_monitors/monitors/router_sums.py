@@ -97,7 +97,7 @@ class Waiting:
         return self.filled == self.slots
 
     def take(self) -> list[Tensor | None]:
-        """What waited: rows [n], logits [n, T, E], padding [n, T], bias [n, E], chosen [n, T, E]."""
+        """What waited: rows [n], logits, padding [n, T], bias [n, E], chosen; [n, T, E] the rest."""
         n, self.filled = self.filled, 0
         parts = (self._index, self._logits, self._padding, self._bias, self._chosen)
         return [None if t is None else t[:n] for t in parts]
@@ -220,7 +220,7 @@ class RouterSums:
         bias: Tensor | None,
         routing_map: Tensor | None,
     ) -> None:
-        """Add micro-batches to ``rows`` [n]: logits, routing map [n, T, E], padding, bias [n, E]."""
+        """Add micro-batches to ``rows`` [n], as :meth:`Waiting.take` gives them."""
         _, size, experts = logits.shape
         # a host may run its forward pass in autocast, which would count in half precision
         with torch.autocast(logits.device.type, enabled=False):

@@ -185,7 +185,8 @@ def test_what_nothing_judges_is_told_at_every_third_sample() -> None:
         told.append(len(got) == len(wanted))
         for signals in (got, wanted):
             signals.pop("router/largest_share_held", None)  # counts samples that have a load
-        assert got == (wanted if told[-1] else {f"router/{n}": wanted[f"router/{n}"] for n in judged})
+        few = {f"router/{name}": wanted[f"router/{name}"] for name in judged}
+        assert got == (wanted if told[-1] else few)
     assert told == [True, False, False, True, False, False, True]
 
 

@@ -128,7 +128,8 @@ def test_nothing_counted():
 def test_several_quantiles_at_once():
     values, edges = uniform(500), torch.tensor(ENTROPY_EDGES, dtype=torch.float64)
     counts = upto(values, ENTROPY_EDGES).expand(2, -1)
-    got = quantile(counts, torch.tensor([500.0, 0.0]), edges, torch.tensor([0.1, 0.9], dtype=torch.float64))
+    both = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    got = quantile(counts, torch.tensor([500.0, 0.0]), edges, both)
     assert got[0].tolist() == [quantiles(values, ENTROPY_EDGES, q) for q in (0.1, 0.9)]
     assert got[1].isnan().all()
 

@@ -5,8 +5,9 @@ choice (:mod:`.choice`), not the scores that weigh the experts' outputs. Not the
 expert load. Everything is per token, so that micro-batches and ranks add up to the right mean;
 worked on in float32 whatever the format of the logits.
 
-Experts come first: [E, ...], tokens in any arrangement behind them. Sums over experts then run along
-the tokens, which lie side by side in memory: on a CPU five to ten times as fast as the other way.
+Experts come first: [E, ...], tokens in any arrangement behind them. Sums over experts then run
+along the tokens, which lie side by side in memory: on a CPU about six times as fast as the other
+way (E = 8).
 """
 
 from __future__ import annotations

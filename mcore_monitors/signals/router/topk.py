@@ -1,4 +1,4 @@
-"""The choice by name: which experts ``topk`` gives a token. For hosts, which compare it with their own.
+"""The choice by name: which experts ``topk`` gives a token. For hosts, to compare with their own.
 
 Experts come last here, [T, E], as hosts have them. Between experts that tie exactly, as bfloat16
 logits may, it can be another choice than the host's.
