@@ -241,15 +241,17 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
     both = upper.new_empty(step, 2 * d, hidden + _GAP)[:, :, :hidden]
-    update, weight = both.tensor_split(2, dim=1)
+    pieces, multiply = [tensor.split(step) for tensor in (old, new, upper, lower)], torch.bmm
+    if step == 1:  # a plain product is a little faster than a batch of one
+        both, multiply = both[0], torch.mm
+        pieces = [tensor.unbind() for tensor in (old, new, upper, lower)]
+    update, weight = both.tensor_split(2, dim=-2)
     both_t, weight_t = both.mT, weight.mT
-    whole = old, new, upper, lower
-    pieces = zip(*(x.split(step) for x in whole), strict=True) if step < n else [whole]
-    for before, now, first, second in pieces:
+    for before, now, first, second in zip(*pieces, strict=True):
         weight.copy_(before)
         update.copy_(now).sub_(weight)
-        torch.bmm(update, both_t, out=first)
-        torch.bmm(weight, weight_t, out=second)
+        multiply(update, both_t, out=first)
+        multiply(weight, weight_t, out=second)
     upper = upper.double()
     return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
 
@@ -268,15 +270,15 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # unit length; Cholesky needs them lifted over zero.
     lift = 2 * d * (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float64).eps)
     if 2 * d <= _SMALL:
-        factor, absent = _factor(whole := query.whole(update_first=True), whole, lift)
+        factor, absent = _factor(query.whole(update_first=True), lift)
         factor.diagonal(dim1=1, dim2=2).sub_(absent)
         inner = of_heads(key.whole(update_first=False), heads)
         return factor[:, :d, :d], factor @ inner @ factor.mT
 
-    first, still = _factor(query.update, query.update, lift)
+    first, still = _factor(query.update.clone(), lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
     rest = torch.baddbmm(query.weight, across.mT, across, alpha=-1)
-    last, absent = _factor(rest, query.weight, lift)
+    last, absent = _factor(rest, lift, query.weight)
     first.diagonal(dim1=1, dim2=2).sub_(still)
     last.diagonal(dim1=1, dim2=2).sub_(absent)
 
@@ -296,18 +298,19 @@ def of_heads(block: Tensor, heads: int) -> Tensor:
     return block if repeats == 1 else block.repeat_interleave(repeats, dim=0)
 
 
-def _factor(matrix: Tensor, of: Tensor, lift: float) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of matrices [n, d, d], lifted by so much of the diagonal of ``of``.
+def _factor(matrix: Tensor, lift: float, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of matrices [n, m, m], lifted by so much of the diagonal of ``of``.
 
-    Relative to each row, because rows of ΔW and of W are of very unlike size. NaN on the diagonal
-    where a matrix is not positive or not finite. A row that has none but zeros gets a one on its
-    diagonal, to be taken off again: the second answer, [n, d].
+    Relative to each row, because rows of ΔW and of W are of very unlike size; ``of`` is the matrix
+    itself where it isn't given. Overwrites the matrix. NaN on the diagonal where it is not positive
+    or not finite. A row that has none but zeros gets a one on its diagonal, to be taken off again:
+    the second answer, [n, m].
     """
-    diagonal = of.diagonal(dim1=1, dim2=2)
-    empty = (diagonal == 0).double()
-    lifted = matrix.clone()
-    lifted.diagonal(dim1=1, dim2=2).add_(diagonal, alpha=lift).add_(empty)
-    factor, failed = _cholesky(lifted)
+    own = matrix.diagonal(dim1=1, dim2=2)
+    size = own if of is None else of.diagonal(dim1=1, dim2=2)
+    empty = (size == 0).double()
+    own.add_(size, alpha=lift).add_(empty)
+    factor, failed = _cholesky(matrix)
     factor.diagonal(dim1=1, dim2=2).masked_fill_(failed[:, None], torch.nan)
     return factor, empty
 
