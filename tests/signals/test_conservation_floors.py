@@ -33,6 +33,7 @@ def test_limits_are_frozen():
     assert c.floor("key_shift", torch.bfloat16, 2048, 64) == pytest.approx(2.3e-4 * 16**-0.15)
     assert c.floor("key_shift", torch.bfloat16, 32, 64) == pytest.approx(2.3e-4 * 2**0.5)
     assert c.limit("key_shift", torch.bfloat16, 2048, 64) == pytest.approx(2.5e-3)
+    assert c.limit("query_key", torch.bfloat16, 2048, 64) == pytest.approx(3.2e-2)
     assert c.limit("vocabulary_shift", torch.float32, 128, 131072) == pytest.approx(1.6e-4)
 
 

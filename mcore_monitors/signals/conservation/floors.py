@@ -12,8 +12,9 @@ about σ·√Σt_i² / Σ|t_i|: σ/√n where terms are alike, σ where one domi
   that of ordinary heads; the limit covers these too.
 * value–output: at least the d channels of one key (attention sinks): σ·1.5/√d = 3e-4 at 64;
   ordinary heads have a fifth of it.
-* query–key: σ, because its scale is what rounding leaves; PyTorch's fused kernel on a CPU, which
-  adds dQ and dK up over blocks in bfloat16, up to 1.9 σ (mean of the size) at 512 and 2,048 keys.
+* query–key: σ, because its scale is what rounding leaves. A kernel that adds dQ and dK up over blocks
+  of keys in bfloat16, as PyTorch's fused one does on a CPU, rounds once a block: 1.8 σ at 512 keys,
+  3 σ at 2,048, like the root of the number of blocks.
 * norms: D channels, σ·1.5/√D, 2.1e-4 at 128 (measured: 2.4e-4, LayerNorm twice that: its
   statistics are stored in bfloat16).
 * router and vocabulary: the largest entry (target, chosen expert) is about half of Σ|dz|, so the
@@ -99,6 +100,8 @@ def floor(residual: str, dtype: torch.dtype, sequence_length: int, head_dim: int
     value, at = _BFLOAT16[residual]
     if residual == "key_shift":
         value *= (sequence_length / at) ** (-0.15 if sequence_length > at else -0.25)
+    elif residual == "query_key":
+        value *= max(1.0, sequence_length / 512) ** 0.5
     elif at is not None:
         value *= (head_dim / at) ** -0.5
     return _OF_BFLOAT16[dtype] * value

@@ -8,6 +8,8 @@ from torch import Tensor
 _WIDE = (torch.float32, torch.float64)
 #: products up to 2³¹ and down to 2⁻⁹⁵ keep their squares within float32's numbers
 _LIFT = 2.0**32
+#: half of float16's smallest step, over the relative error of its rounding (:mod:`.floors`)
+_STEP = 2.0**-25 / 2.0e-4
 
 
 def wide(x: Tensor) -> Tensor:
@@ -24,14 +26,19 @@ def product_sums(
     nothing to learn are smaller than the root of float32's smallest number.
 
     float16 gradients below its smallest normal number have an absolute rounding error, not a
-    relative one: in the scale they count as that number. The scale of nothing but zeros stays 0.
+    relative one: in the scale they count as that number, and among squares also as a sum, since what
+    is lost of them has one sign (all of it becomes 0). The scale of nothing but zeros stays 0.
     """
     wide_x, wide_grad = wide(x), wide(grad)
     product = wide_x * wide_grad
     scale = _size(product, power).sum(dims)
     if grad.dtype == torch.float16:
         size = wide_grad.abs().clamp(min=torch.finfo(torch.float16).tiny)
-        scale = torch.where(scale == 0, scale, _size(wide_x * size, power).sum(dims))
+        counted = _size(wide_x * size, power).sum(dims)
+        if power == 2:
+            below = wide_x.abs() * (wide_grad.abs() < torch.finfo(torch.float16).tiny)
+            counted = counted + (below.sum(dims) * (_STEP * _LIFT)).square()
+        scale = torch.where(scale == 0, scale, counted)
     return product.sum(dims), scale if power == 1 else scale.double() * _LIFT**-2
 
 
