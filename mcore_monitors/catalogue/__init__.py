@@ -6,6 +6,7 @@ Imports neither torch nor a host, so that a recorded run can be read and judged 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache
 from types import MappingProxyType
 
 from ..windows import window_of
@@ -41,6 +42,7 @@ def part_name(signal: str, part: str) -> str:
     return f"{signal}/{part}" if part else signal
 
 
+@cache
 def base_name(signal: str) -> str:
     """Return a signal's name without window and part: ``a/b@50``, ``a/b/rope@50`` give ``a/b``."""
     name = signal.split("@", 1)[0]

@@ -27,6 +27,12 @@ value of a layer stands for. *healthy* is the course in a healthy run: **stable*
 recent **band** (to which side); **–** is written and shown and raises none. Signals over windows
 carry the window in their name, `attention/delta2_effective_rank@50`. Letters under *tested* stand
 for the hosts and layouts below each table.
+
+Rhythm: what is judged is told at every sample (a window at its own grid). What is not judged is
+told at some of them, to keep the cost small: of `router/` all but the weights' three and the mean
+entropy, and `attention/max_logit` and `entropy`, at every fifth sample, the first one included;
+`optimizer/` layer by layer in turn, each at every twentieth. `monitors.*.every` sets it
+([files.md](files.md)); 1 is at every sample.
 """
 
 #: family to title and what all of its signals have in common

@@ -155,7 +155,8 @@ SIGNALS = (
         "load_max_violation",
         healthy="drifts",
         formula="MaxVio = (largest load − mean load)/mean load (from 0 to E − 1); load: how often "
-        "an expert was chosen, before tokens over a capacity are dropped",
+        "an expert was chosen, before tokens over a capacity are dropped; experts that tie exactly "
+        "for a place share it",
         source="arXiv 2408.15664",
         meaning="Rising: one expert is overrun; under a capacity its tokens are dropped, without "
         "one its rank makes the others wait.",
@@ -171,7 +172,7 @@ SIGNALS = (
     _signal(
         "dead_experts",
         healthy="low",
-        formula="share of the experts with no token at all since the last sample",
+        formula="share of the experts with no token at all since the sample before",
         source="common",
         meaning="An expert without tokens gets no gradient and does not come back by itself.",
     ),
@@ -193,8 +194,8 @@ SIGNALS = (
         "largest_share_held",
         healthy="drifts",
         measure="samples",
-        formula="samples on end for which the same expert has had the largest load (from 1; starts "
-        "anew on resume)",
+        formula="samples with a load on end for which the same expert has had the largest (from 1; "
+        "starts anew on resume)",
         source="own; a stable winner in the sense of " + MDM,
         meaning="Balanced routers change their most loaded expert now and then. Long runs with a "
         "rising largest_share are the reinforcement of a stable winner.",

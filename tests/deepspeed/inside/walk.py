@@ -40,7 +40,10 @@ def monitors(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
         "strict": True,
         "console": False,
         "wandb": {"enabled": False},
-        "monitors": {"attention_update": {"windows": [1, 2]}, "router": {"every": 1}},
+        "monitors": {
+            "attention_update": {"windows": [1, 2], "every": 1},
+            "router": {"every": 1},
+        },
         "detection": {"windows": [1, 2]},
     }
 
