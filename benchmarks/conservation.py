@@ -61,12 +61,14 @@ from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E
 from mcore_monitors.signals import conservation as c  # noqa: E402
 
 LENGTH, SEQUENCES, WARM_UP, HEALTHY_BEFORE, FAULTY = 128, 16, 300, 10, 3
+#: of the faulty runs' data; the rule of the spread was settled on runs with seed 101
+SEED = 103
 WINDOWS = (1, 3, 10)
 LEVEL = 1e-5
 #: A bias below this share of the floor is no fault, however sure.
 LEAST_BIAS = 0.25
 #: what rounding may leave of query–key (root mean square), as a part of the limit
-SPREAD = 0.3
+SPREAD = 0.25
 
 #: fault → (strengths, formats, place, heads)
 ALL = tuple(range(HEADS))
@@ -338,7 +340,7 @@ def main() -> None:
 
                 def make(name=name, strength=strength, fmt=fmt, heads=heads) -> dict[str, Any]:
                     fault = KernelFault(name, strength, None if heads == ALL else heads)
-                    training = started(saved, fmt, seed=101)
+                    training = started(saved, fmt, seed=SEED)
                     return run_fault(
                         training, Faults(attention={1: fault}), ("attention", 1), heads, whole
                     )
@@ -348,7 +350,7 @@ def main() -> None:
         for fmt in FORMATS:
 
             def make(fault=fault, place=place, fmt=fmt) -> dict[str, Any]:
-                return run_fault(started(saved, fmt, seed=101), fault, place, (0,), whole)
+                return run_fault(started(saved, fmt, seed=SEED), fault, place, (0,), whole)
 
             row = kept.get(f"{name} {fmt}", make)
             done(name, 1 / EXPERTS if place[0] == "router" else 1, fmt, row)
@@ -379,7 +381,7 @@ def main() -> None:
         "tied_healthy_first_alarm": tied["first_sample"],
         # of a training step; measured by benchmarks/overhead.py
         "share_conservation": _share(),
-        "made_by": made_by(seed=[0, 101, *range(201, 201 + arguments.healthy)]),
+        "made_by": made_by(seed=[0, SEED, *range(201, 201 + arguments.healthy)]),
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -194,6 +194,7 @@ def attention_readings(
     q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/value_output"])
     ratio = c.value_output_from_terms(*c.value_output_terms(v, dv, o, do))
     yield _reading("value_output", place, ratio, *sizes)
+    q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/query_key"])
     signed, squares = c.query_key_terms(q, dq, k, dk)
     ratio = c.query_key_from_terms(signed, squares)
     spread = torch.stack([c.query_key_squares(signed, squares), ratio[1]], dim=-1).double()

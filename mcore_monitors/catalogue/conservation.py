@@ -96,7 +96,7 @@ SIGNALS = (
         "query group",
         "−ln p (nats): p bounds the probability that rounding alone makes the squares of the "
         "group's query–key residuals, added up over the last 1, 3 or 10 samples, as large as they "
-        "are; 0 where their root mean square is within 1.5 of the format's floors",
+        "are; 0 where their root mean square is within 1.25 of the format's floors",
         "Over its limit: dQ and dK differ by more than their rounding, sequence after sequence, "
         "even where the mean of a sample is within its limit: they were made from slightly "
         "different dS.",

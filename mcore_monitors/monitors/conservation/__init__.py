@@ -38,9 +38,8 @@ from .terms import PendingTerms, Terms
 
 _BIAS, _SPREAD = "attention/key_shift_bias", "attention/query_key_spread"
 _KEY_SHIFT, _, _QUERY_KEY = ATTENTION_RESIDUALS
-#: one sequence of so many is looked at. A bias of the key shift far below the floor shows over many
-#: only; the size of the others says enough
-ONE_IN = dict(zip(ATTENTION_RESIDUALS, (2, 4, 4), strict=True))
+#: one sequence of so many is looked at: more where evidence is added up over sequences
+ONE_IN = dict(zip(ATTENTION_RESIDUALS, (2, 4, 2), strict=True))
 #: tokens of a call of a norm that are looked at, at least; up to twice as many
 TOKENS = 16
 #: a place rests at one sample of so many: any three in a row look at it twice, which is what an

@@ -24,8 +24,8 @@ _RESIDUAL = {
 _LEVEL = 1e-5
 #: a bias counts from this part of the floor on
 _LEAST_BIAS = 0.25
-#: what rounding may leave of query–key (root mean square), as a part of the limit: 1.5 floors
-_SPREAD = 0.3
+#: what rounding may leave of query–key (root mean square), as a part of the limit: 1.25 floors
+_SPREAD = 0.25
 #: where a host does not say how many channels are summed over
 _CHANNELS = 64
 
