@@ -1,6 +1,9 @@
 """Update spectra: ours against dense SVD, looped thin QR with SVD, and looped Gram matrices.
 
-    python benchmarks/spectra.py --json spectra.json
+    python benchmarks/spectra.py --json spectra.json --write docs/attention_update.md
+
+About five minutes on an idle machine, half of them dense SVDs of 4096 × 4096; ``--quick`` half a
+minute. ``--write`` puts the table into the document.
 
 All on the same weights, in one process, on one thread, in float64, interleaved: a round times each
 route once, and a figure is the median over rounds. Times are CPU time of the process, which is the
@@ -40,6 +43,8 @@ from mcore_monitors.signals.update_spectra import delta2_spectrum, update_grams,
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+#: marks around the table in a document
+_BEGIN, _END = "<!-- speed -->\n", "<!-- end of speed -->"
 
 
 def make(hidden: int, d: int, heads: int, groups: int, seed: int) -> Weights:
@@ -199,6 +204,27 @@ def sizes(mode: str) -> list[tuple[int, int, int, int]]:
     return [*rows, (4096, 128, 32, 8)]
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    text = (
+        "| D | d | heads (keys) | all four, ms | Δ2, ms | Gram share | of GEMM peak | "
+        "dense / ours | dense in float32 / ours | looped QR / ours | tuned QR / ours | "
+        "looped Gram / ours |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    for row in rows:
+        grouped = "" if row["groups"] == row["heads"] else f" ({row['groups']})"
+        text += (
+            f"| {row['D']} | {row['d']} | {row['heads']}{grouped} | {row['ours_ms']:.1f} | "
+            f"{row['ours_delta2_ms']:.1f} | {row['grams_ms'] / row['ours_ms']:.0%} | "
+            f"{row['grams_of_peak']:.0%} | {row['dense_over_ours']:.0f} | "
+            f"{row['dense_float32_over_ours']:.0f} | {row['looped_qr_over_ours_all4']:.1f} | "
+            f"{row['looped_qr_tuned_over_ours_all4']:.1f} | "
+            f"{row['looped_gram_over_ours_all4']:.1f} |\n"
+        )
+    return text
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -211,7 +237,11 @@ def main() -> None:
     mode.add_argument("--full", action="store_const", dest="mode", const="full")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds (default 9)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--write", type=Path, help="put the table into this document")
     a = parser.parse_args()
+    if a.write:
+        before, rest = a.write.read_text().split(_BEGIN)
+        after = rest.split(_END)[1]
     torch.set_num_threads(1)
     peak = gemm_peak(torch.float64)
     print(f"one thread, GEMM peak {peak / 1e9:.0f} Gflop/s in float64")
@@ -233,6 +263,8 @@ def main() -> None:
             f"{row['max_rel_err']:9.0e}",
             flush=True,
         )
+    if a.write:
+        a.write.write_text(before + _BEGIN + table(rows) + _END + after)
     if a.json:
         result = {
             "rows": rows,
