@@ -234,7 +234,7 @@ def test_a_hook_that_waits_for_the_card_is_seen(wrong: type[ConservationMonitor]
 
 def test_weights_on_the_host_are_seen() -> None:
     model = view()
-    on_host = torch.empty(8, 16, 64), torch.empty(4, 16, 64)
+    on_host = tuple(torch.empty(n, 16, 64, dtype=torch.bfloat16) for n in (8, 4))
     model.attention[0] = replace(model.attention[0], read=lambda: on_host)
     with pytest.raises(RuntimeError, match="device"):
         one_sample_after_another(AttentionUpdateMonitor(model, [10], interval=10), no_hooks)
