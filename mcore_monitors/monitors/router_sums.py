@@ -38,7 +38,7 @@ class Waiting:
     """Micro-batches of one kind of router and one size, which wait to be looked at together.
 
     Args:
-        shape: tokens of a micro-batch, experts.
+        shape: of a micro-batch's logits, [..., E]; others of that size are welcome, too.
         padded, biased, chosen: whether they come with padding masks, with an expert bias and with
             the host's choice.
     """
@@ -46,14 +46,14 @@ class Waiting:
     def __init__(
         self,
         rule: RoutingRule,
-        shape: tuple[int, int],
+        shape: torch.Size,
         *,
         padded: bool,
         biased: bool,
         chosen: bool,
         device: torch.device,
     ) -> None:
-        tokens, experts = shape
+        tokens, experts = shape[:-1].numel(), shape[-1]
         self.rule, self.tokens = rule, tokens
         self.slots = max(1, WAITING_BYTES // (4 * tokens * experts))
         self._logits = torch.empty(self.slots, tokens, experts, device=device)
@@ -64,6 +64,8 @@ class Waiting:
             self._bias = torch.empty(self.slots, experts, device=device)
         if chosen:
             self._chosen = torch.empty_like(self._logits, dtype=torch.bool)
+        # views made once: a hook is to do nothing but copy
+        self._slots = self._logits.view(self.slots, *shape).unbind(0)
         self._index = torch.zeros(self.slots, dtype=torch.int64, device=device)
         self._rows = [0] * self.slots  # what is in the index: it is written where it changes only
         self.filled = 0
@@ -82,15 +84,18 @@ class Waiting:
         bias: Tensor | None,
         chosen: Tensor | None,
     ) -> bool:
-        """Copy one micro-batch; returns whether no other fits in."""
+        """Copy one micro-batch, as the hook got it; returns whether no other fits in."""
         slot = self.filled
-        self._logits[slot].copy_(logits)
+        target = self._slots[slot]
+        if logits.shape != target.shape:
+            logits = logits.reshape(target.shape)
+        target.copy_(logits)
         if padding is not None:
-            self._padding[slot].copy_(padding)
+            self._padding[slot].copy_(padding.flatten())
         if bias is not None:
             self._bias[slot].copy_(bias)
         if chosen is not None:
-            self._chosen[slot].copy_(chosen)
+            self._chosen[slot].copy_(chosen.flatten(0, -2))
         if self._rows[slot] != row:
             self._index[slot] = self._rows[slot] = row
         self.filled += 1
@@ -160,24 +165,25 @@ class RouterSums:
         """
         row, view = self._views[layer]
         bias = None if view.bias is None else view.bias()
-        kind = (logits.shape, padding is None, bias is None, routing_map is None)
-        logits = logits.detach().flatten(0, -2)
-        if padding is not None:
-            padding = padding.flatten()
         if bias is not None:
             bias = bias.detach()
-        if routing_map is not None:
-            routing_map = routing_map.detach().flatten(0, -2)
+        kind = (logits.shape, padding is None, bias is None, routing_map is None)
+        logits = logits.detach()
         known, waiting = self._last.get(layer, (None, None))
         if known != kind:
             waiting = self._room(view.rule, logits, padding, bias, routing_map)
             self._last[layer] = kind, waiting
-        if waiting.tokens == logits.shape[0]:
+        if waiting.tokens == logits.shape[:-1].numel():
             if waiting.put(row, logits, padding, bias, routing_map):
                 self._look(waiting)
         else:
             index = torch.full((1,), row, device=logits.device)
-            parts = (logits, padding, bias, routing_map)
+            parts = (
+                logits.flatten(0, -2),
+                None if padding is None else padding.flatten(),
+                bias,
+                None if routing_map is None else routing_map.flatten(0, -2),
+            )
             self._add(view.rule, index, *(None if t is None else t.unsqueeze(0) for t in parts))
 
     def look(self) -> None:
@@ -194,11 +200,11 @@ class RouterSums:
         chosen: Tensor | None,
     ) -> Waiting:
         comes = [t is not None for t in (padding, bias, chosen)]
-        kind = (rule, logits.shape[1], *comes)
+        kind = (rule, logits.shape[-1], *comes)
         if kind not in self._waiting:
             self._waiting[kind] = Waiting(
                 rule,
-                tuple(logits.shape),
+                logits.shape,
                 padded=comes[0],
                 biased=comes[1],
                 chosen=comes[2],
