@@ -174,6 +174,13 @@ def test_unknown_key(dotted: str, meant: str) -> None:
     assert f"Did you mean {meant!r}?" in str(error)
 
 
+def test_profiles_are_taken_where_samples_are() -> None:
+    data = {"run_dir": "x", "monitors": {"koopman": {"enabled": True, "every": 15}}}
+    assert refusal(data).setting == "monitors.koopman.every"
+    from_dict(data | {"interval": 5})
+    from_dict({"run_dir": "x", "monitors": {"koopman": {"every": 15}}})  # it is off
+
+
 def test_unknown_key_without_a_near_one_lists_them_all() -> None:
     text = str(refusal(settings("monitors.zzz", 1)))
     assert "attention_update, conservation, koopman, optimizer, router" in text

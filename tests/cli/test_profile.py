@@ -225,6 +225,11 @@ def test_folders_that_are_not_read(llama: Path, folder: Path, capfd) -> None:
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     assert main(["profile", "--hf", str(pickled)]) == 78
     assert "safetensors" in capfd.readouterr().err
+    torn = folder / "torn"
+    torn.mkdir()
+    (torn / "config.json").write_bytes((llama / "config.json").read_bytes())
+    (torn / "model.safetensors").write_bytes(b"not one")
+    assert main(["profile", "--hf", str(torn)]) == 78
     code = folder / "code"
     code.mkdir()
     (code / "config.json").write_text(

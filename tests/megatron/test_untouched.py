@@ -71,12 +71,20 @@ def test_losses_are_bitwise_the_wheels(pristine: Path, tmp_path: Path) -> None:
     watched = train(
         tmp_path / "c",
         "--expert-model-parallel-size 2",
-        monitors={"interval": 2, "monitors": {"attention_update": {"windows": [2]}}},
+        monitors={
+            "interval": 2,
+            "monitors": {
+                "attention_update": {"windows": [2]},
+                "koopman": {"enabled": True, "every": 4, "rank": 8},
+            },
+        },
         **arguments,
     )
     assert len(exact(as_it_came)) == 12  # two processes, six steps
     assert sorted(exact(without)) == sorted(exact(as_it_came))
     assert sorted(exact(watched)) == sorted(exact(as_it_came))
     assert len(watched.samples) == 3
+    profiled = [s.iteration for s in watched.samples if "koopman/near_unit" in s.signals]
+    assert profiled == [4]
     # only the stand-in itself, which this test asked for
     assert without.output.count("OURS ['mcore_monitors', 'mcore_monitors.errors']") == 2

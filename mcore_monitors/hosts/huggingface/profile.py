@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from ... import __version__
@@ -93,7 +94,7 @@ def _load(folder: Path, seed: int) -> nn.Module:
             )
             config.dtype = torch.float32
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             "--hf", str(folder), "a causal language model that transformers knows", f"{error}"
         ) from None
