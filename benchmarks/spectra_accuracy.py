@@ -106,8 +106,8 @@ def float32_eigenvalues(pair: UpdateGrams) -> UpdateSpectra:
     """The spectra, with every eigenproblem in float32."""
     solve = torch.linalg.eigvalsh
 
-    def narrow(x: Tensor) -> Tensor:
-        return solve(x.float()).double()
+    def narrow(x: Tensor, **triangle: str) -> Tensor:
+        return solve(x.float(), **triangle).double()
 
     torch.linalg.eigvalsh = narrow
     try:
