@@ -5,8 +5,8 @@
 Trains one mixture-of-experts layer of a real Megatron-core model (hidden size 1,024, 64 experts,
 4,096 tokens a step; forward, backward, AdamW) in one process on the CPU and turns the monitor on
 and off from step to step. With the monitor on, its hooks take in every token and a sample is
-collected, reduced, read and written with all signals, which a run does once in ten steps by default,
-and with all signals once in fifty. Two figures:
+collected, reduced, read and written with all its signals; a run takes a sample once in ten steps by
+default, and one with all signals once in fifty. Two figures:
 
 * inside: seconds spent in the monitor's hooks and in the sample, over the median step without it;
 * on/off: median step with the monitor over median step without it, minus one, with the 95%
@@ -117,7 +117,8 @@ def measure(rule: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     settings = {
         "run_dir": str(folder),
         "interval": 1,
-        "monitors": off | {"router": {"enabled": True, "every": 1}, "attention_update": off_windows()},
+        "monitors": off
+        | {"router": {"enabled": True, "every": 1}, "attention_update": off_windows()},
         "console": False,
         "wandb": {"enabled": False},
     }

@@ -102,7 +102,7 @@ class Waiting:
         return self.filled == self.slots
 
     def take(self) -> list[Tensor | None]:
-        """What waited: rows [n], logits, padding [n, T], bias [n, E], chosen; [n, T, E] the rest."""
+        """What waited, each [n, ...]: rows, logits, padding, bias, chosen."""
         n, self.filled = self.filled, 0
         parts = (self._index, self._logits, self._padding, self._bias, self._chosen)
         return [None if t is None else t[:n] for t in parts]
