@@ -165,7 +165,8 @@ def table(
         if can_learn(diverged[chosen]):
             drawn = calibrated(inputs[chosen], diverged[chosen], fixed, penalty, "sigmoid", seed)
             found.append(_weights(drawn))
-    edges = np.stack([inputs.min(0), inputs.max(0)])
+    # not from the logarithms, whose rounding would put the study's own ends outside
+    seen = {name: [float(row[name]) for row in rows] for name in names}
     return {
         "calibrated_on": calibrated_on,
         "inputs": [
@@ -174,8 +175,8 @@ def table(
                 "log": INPUTS[name],
                 "mean": round(float(units.mean_[i]), 6),
                 "scale": round(float(units.scale_[i]), 6),
-                "low": float(np.exp(edges[0, i]) if INPUTS[name] else edges[0, i]),
-                "high": float(np.exp(edges[1, i]) if INPUTS[name] else edges[1, i]),
+                "low": min(seen[name]),
+                "high": max(seen[name]),
             }
             for i, name in enumerate(names)
         ],

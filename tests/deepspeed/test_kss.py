@@ -30,4 +30,5 @@ def test_an_engine_trains_as_by_hand(name: str, losses: dict[str, list[float]]) 
 def test_shaping_shows(losses: dict[str, list[float]]) -> None:
     shaped, plain = losses["huggingface by hand"], losses["huggingface unshaped"]
     assert shaped[:4] == plain[:4]  # two micro-batches a step, the first shaped step is the second
-    assert all(abs(a / b - 1) > 1e-3 for a, b in zip(shaped[6:], plain[6:], strict=True))
+    # ten times what an engine may be off
+    assert max(abs(a / b - 1) for a, b in zip(shaped[6:], plain[6:], strict=True)) > 1e-3
