@@ -4,8 +4,8 @@
 
 Trains a small GPT on the standard library's sources with the real Megatron-core, one layout and
 number format after another, and a Hugging Face model under DeepSpeed
-(conservation_healthy_deepspeed.py), and samples every step. A row says how near to its limit each residual
-came. Can be stopped and started again: rows that the file holds already are kept.
+(conservation_healthy_deepspeed.py), and samples every step. A row says how near to its limit each
+residual came. Can be stopped and started again: rows that the file holds already are kept.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ FORMATS = {"fp32": "", "bf16": "--bf16"}
 HUGGING_FACE = "Hugging Face under DeepSpeed"
 
 
+PACKAGES = ("mcore-monitors", "megatron-core", "deepspeed", "transformers", "torch")
 NAMES = [*LAYOUTS, HUGGING_FACE]
 
 
@@ -241,7 +242,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "made_by": {
             "command": " ".join(["python", "benchmarks/conservation_healthy.py", *sys.argv[1:]]),
             "date": datetime.now(UTC).date().isoformat(),
-            "versions": {n: version(n) for n in ("mcore-monitors", "megatron-core", "deepspeed", "transformers", "torch")},
+            "versions": {n: version(n) for n in PACKAGES},
         },
     }
 

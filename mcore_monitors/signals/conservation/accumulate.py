@@ -18,7 +18,8 @@ pushes the same way each time, and ‖Σ r_i‖ grows like n. Two numbers say so
   moments of χ² with one degree of freedom, and the sum over H heads obeys Chernoff's bound for χ²
   with H: P(ΣF ≥ x) ≤ exp(−x/2 + H/2·(1 + ln(x/H))) for x > H. Where the bias has one sign in all
   heads their sequences are one row of H·n, and the first bound holds for it: with evenly spread
-  biases F is then the sum of the heads' F, at one degree of freedom (:func:`direction_layer_log_p`).
+  biases F is then the sum of the heads' F, at one degree of freedom
+  (:func:`direction_layer_log_p`).
 
 A tiny bias is no fault: a healthy kernel may have one far below its floor (attention sinks in
 bfloat16, exponentials in float32). Judge the size of the mean as well (:func:`direction_bias`).

@@ -26,8 +26,8 @@ def product_sums(
     nothing to learn are smaller than the root of float32's smallest number.
 
     float16 gradients below its smallest normal number have an absolute rounding error, not a
-    relative one: in the scale they count as that number, and among squares also as a sum, since what
-    is lost of them has one sign (all of it becomes 0). The scale of nothing but zeros stays 0.
+    relative one: in the scale they count as that number, and among squares also as a sum, since
+    what is lost of them has one sign (all of it becomes 0). The scale of nothing but zeros stays 0.
     """
     wide_x, wide_grad = wide(x), wide(grad)
     product = wide_x * wide_grad
