@@ -122,7 +122,7 @@ class Shaping:
     def _after(
         self, layer: int, module: nn.Module, args: tuple, keywords: dict, output: Any
     ) -> Any:
-        """Forward hook. Without gradients (evaluation, first pass of a recomputed layer) nothing."""
+        """Forward hook; idle without gradients (evaluation, first pass of a recomputed layer)."""
         if not module.training or not torch.is_grad_enabled():
             return None
         if layer not in self.chosen(self._state.iteration):

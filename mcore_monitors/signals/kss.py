@@ -84,9 +84,9 @@ def operator_from(moments: Tensor, rank: int) -> Tensor:
     """The map from x to y compressed to ``rank`` random directions of the stream.
 
     C_y'x' C_x'x'⁻¹ with C the covariances along the directions: similar to QᵀAQ, where
-    A = Σ^(−1/2) C_yx Σ^(−1/2) is the map in whitened coordinates and Q spans Σ^(1/2) R. So directions
-    are drawn in proportion to the stream's variance, and with ``rank`` = D the eigenvalues are
-    those of the whole map.
+    A = Σ^(−1/2) C_yx Σ^(−1/2) is the map in whitened coordinates and Q spans Σ^(1/2) R. So
+    directions are drawn in proportion to the stream's variance, and with ``rank`` = D the
+    eigenvalues are those of the whole map.
 
     Args:
         moments: of :func:`moments_of`.

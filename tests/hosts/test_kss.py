@@ -196,7 +196,8 @@ def test_ranks_that_share_a_sequence_make_the_same_gradient() -> None:
     (alone,) = run(1, partial(_half), 1)
     first, second = run(2, _half, 2)
     together = [torch.cat([torch.tensor(first[0]), torch.tensor(second[0])])]
-    together += [torch.tensor(a) + torch.tensor(b) for a, b in zip(first[1:], second[1:], strict=True)]
+    weights = zip(first[1:], second[1:], strict=True)
+    together += [torch.tensor(a) + torch.tensor(b) for a, b in weights]
     same(together, [torch.tensor(g) for g in alone])
 
 

@@ -1,4 +1,4 @@
-"""Koopman spectral shaping of a Megatron model: which ranks share a sequence, and the loss scale."""
+"""Koopman spectral shaping of a Megatron model: who shares a sequence, and the loss scale."""
 
 from __future__ import annotations
 
