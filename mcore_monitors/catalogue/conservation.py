@@ -20,7 +20,8 @@ _ATTENTION = (
     "micro-batches; context parallelism below the host; DeepSpeed: Hugging Face attention"
 )
 _MEGATRON = (
-    "Megatron-core: tensor, sequence, pipeline and data parallelism, recompute, micro-batches"
+    "Megatron-core: tensor, sequence, pipeline and data parallelism, recompute, micro-batches; "
+    "DeepSpeed: Hugging Face models"
 )
 _BIAS = (
     "−ln p (nats): p bounds the probability that rounding alone gives the key shifts of the "
@@ -125,8 +126,8 @@ SIGNALS = (
         "norm/scale",
         "norm",
         "Σ_t |⟨x_t, dx_t⟩ − ⟨y_t − β, dy_t⟩·ε/(m_t + ε)| / Σ_t (Σ_c |x_tc dx_tc| + "
-        "|⟨y_t − β, dy_t⟩|) over tokens t (no unit; exactly 0, because a norm ignores the length of "
-        "its input)",
+        "|⟨y_t − β, dy_t⟩|) over tokens t (no unit; exactly 0, because a norm ignores the length "
+        "of its input)",
         "Over its limit: the backward of the norm lacks (part of) its projection, or uses other "
         "statistics than forward.",
         _MEGATRON,

@@ -13,8 +13,8 @@ about σ·√Σt_i² / Σ|t_i|: σ/√n where terms are alike, σ where one domi
 * value–output: at least the d channels of one key (attention sinks): σ·1.5/√d = 3e-4 at 64;
   ordinary heads have a fifth of it.
 * query–key: σ, because its scale is what rounding leaves. A kernel that adds dQ and dK up over
-  blocks of keys in bfloat16, as PyTorch's fused one does on a CPU, rounds once a block: 1.8 σ at 512
-  keys, 3 σ at 2,048, like the root of the number of blocks.
+  blocks of keys in bfloat16, as PyTorch's fused one does on a CPU, rounds once a block: 1.8 σ at
+  512 keys, 3 σ at 2,048, like the root of the number of blocks.
 * norms: D channels, σ·1.5/√D, 2.1e-4 at 128 (measured: 2.4e-4, LayerNorm twice that: its
   statistics are stored in bfloat16).
 * router and vocabulary: the largest entry (target, chosen expert) is about half of Σ|dz|, so the
