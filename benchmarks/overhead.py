@@ -48,6 +48,8 @@ from overhead_worker import MODES, SEEN  # noqa: E402
 from mcore_monitors.windows import SELDOM  # noqa: E402
 
 INTERVAL = 10
+#: samples after which what the attention updates compare comes round
+_TURNS = 2 * SELDOM
 #: names in the results where they are not those of the settings
 KEYS = {"attention_update": "attention"}
 
@@ -174,10 +176,9 @@ def inside_shares(
 def replica_ratios(measured: dict[str, Any]) -> dict[str, float]:
     """Time of a sample and bytes of the snapshots of one of two replicas over one rank alone."""
     seconds = {name: np.array(values) for name, values in measured["seconds"].items()}
-    # the round before the first block is not measured
-    full = (np.arange(len(seconds["alone"])) + SEEN + 1) % SELDOM == 0
+    # what a sample compares comes round every tenth; a median for each of the ten, then their mean
     times = {
-        name: (1 - 1 / SELDOM) * np.median(v[~full]) + np.median(v[full]) / SELDOM
+        name: float(np.mean([np.median(v[turn::_TURNS]) for turn in range(_TURNS)]))
         for name, v in seconds.items()
     }
     return {
