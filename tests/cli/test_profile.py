@@ -28,21 +28,8 @@ from mcore_monitors.cli.profile_result import (
 )
 from mcore_monitors.config import from_dict
 from mcore_monitors.signals.koopman import decompose, features, whiten
+from tests.huggingface.models import SMALL
 from tests.megatron.train import ROOT, free_port
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 @pytest.fixture
