@@ -130,9 +130,9 @@ def test_one_eigensolver_call_for_all_windows_and_layers(
     """The eigensolver is what waits for the card; anything else that did would raise here."""
     solve, calls = torch.linalg.eigvalsh, []
 
-    def counted(matrices: torch.Tensor) -> torch.Tensor:
+    def counted(matrices: torch.Tensor, **how: str) -> torch.Tensor:
         calls.append(tuple(matrices.shape))
-        return solve(matrices)
+        return solve(matrices, **how)
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", counted)
     monitor = AttentionUpdateMonitor(model(CUDA), [10, 20, 50], 10, snapshots=place)

@@ -243,6 +243,7 @@ class ConservationMonitor(Monitor):
         return sums.view(*shape, -1, 4).transpose(1, 2)
 
     def restart(self) -> None:
+        self._turn = 0
         for pending in (self._context, self._vocabulary):
             pending.clear()
         self._alike.clear()
