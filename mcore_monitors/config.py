@@ -53,7 +53,7 @@ class RouterConfig:
     tokens: Literal["all", "sampled"] = "all"
     #: what no rule judges (quantiles, load, margin and others) is told at one sample out of this
     #: many, the first one included; weights and mean entropy at every sample
-    every: Positive = 5
+    every: Positive = SELDOM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class AttentionActivityConfig:
     #: queries of a sequence that are looked at; sequences up to this length are looked at whole
     queries: Positive = 16
     #: looked at in one sample out of this many, the first one included
-    every: Positive = 5
+    every: Positive = SELDOM
 
 
 @dataclass(frozen=True, kw_only=True)
