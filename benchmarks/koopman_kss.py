@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -111,17 +112,25 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def make(part: str, path: Path, at_most: int | None) -> None:
+def _one(name: str, run: Run, kss: KssConfig | None) -> dict[str, Any]:
+    """The row of one run, made on one core."""
+    torch.set_num_threads(1)
+    made = carry_out(run, kss, profiled=False)
+    return {"arm": name, "of": key_of(run, kss), "kss": kss and asdict(kss), **made}
+
+
+def make(part: str, path: Path, at_most: int | None, workers: int) -> None:
     """Make the runs of a part that are missing."""
     done = {(row["arm"], row["of"]) for row in rows(path)}
     todo = [
         (name, run, kss) for name, run, kss in wanted(part) if (name, key_of(run, kss)) not in done
     ]
-    for name, run, kss in tqdm(todo[:at_most], unit="run"):
-        made = carry_out(run, kss, profiled=False)
-        row = {"arm": name, "of": key_of(run, kss), "kss": kss and asdict(kss), **made}
-        with path.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+    todo = todo[:at_most]
+    with ProcessPoolExecutor(workers) as pool:
+        futures = [pool.submit(_one, *one) for one in todo]
+        for future in tqdm(as_completed(futures), total=len(todo), unit="run"):
+            with path.open("a") as out:
+                out.write(json.dumps(future.result()) + "\n")
 
 
 def share(diverged: list[bool]) -> dict[str, Any]:
@@ -229,6 +238,7 @@ def main() -> None:
     parts = ("arms", "search", "stable", "overhead", "summary")
     parser.add_argument("--part", choices=parts, default="arms")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the raw table")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--at-most", type=int, help="stop after this many runs")
     parser.add_argument("--json", type=Path, help="write, or add, the results to this file")
     arguments = parser.parse_args()
@@ -240,7 +250,7 @@ def main() -> None:
         result["kss_overhead"] = overhead()
         print(result["kss_overhead"])
     elif arguments.part != "summary":
-        make(arguments.part, arguments.rows, arguments.at_most)
+        make(arguments.part, arguments.rows, arguments.at_most, arguments.workers)
     made = rows(arguments.rows)
     result |= summary(made) | {"made_by": made_by(sorted({row["seed"] for row in made}))}
     for name, arm in result["kss"].items():
