@@ -39,9 +39,16 @@ class Progress:
 
 
 def build_monitors(
-    config: Config, model: ModelView, context: GroupSum, vocabulary: GroupSum | None = None
+    config: Config,
+    model: ModelView,
+    context: GroupSum,
+    vocabulary: GroupSum | None = None,
+    state: StepState | None = None,
 ) -> list[Monitor]:
     """The monitors that are asked for and for which the model, on any rank, has something.
+
+    Args:
+        context, vocabulary, state: as :func:`attach`.
 
     Raises:
         ConfigError: a monitor is required (``enabled: true``) and the model has nothing for it.
@@ -88,6 +95,8 @@ def build_monitors(
                 context,
                 vocabulary,
                 whole=config.check or wanted.conservation.whole,
+                interval=config.interval,
+                state=state,
             ),
         ),
         "attention_activity": (
@@ -99,6 +108,7 @@ def build_monitors(
                 wanted.attention_activity.queries,
                 interval=config.interval,
                 every=wanted.attention_activity.every,
+                state=state,
             ),
         ),
         "optimizer": (
@@ -161,7 +171,8 @@ def attach(
         wandb_run: the host's own W&B writer where this rank has one.
         wandb_rank: the rank that writes to W&B: the host's writer rank, or 0.
     """
-    monitors = build_monitors(config, model, context, vocabulary)
+    state = state or StepState()
+    monitors = build_monitors(config, model, context, vocabulary, state)
     writes = parallel.rank() == 0
     sinks = open_sinks(
         config,

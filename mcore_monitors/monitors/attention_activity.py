@@ -10,7 +10,7 @@ import torch
 
 from ..signals.attention import attention_activity, causal_bias
 from ..views import AttentionCall, ModelView
-from .base import Monitor, Readings, Rhythm, mean_by_layer
+from .base import Monitor, Readings, Rhythm, StepState, mean_by_layer
 
 
 class AttentionActivityMonitor(Monitor):
@@ -21,17 +21,24 @@ class AttentionActivityMonitor(Monitor):
         queries: how many queries of each sequence are looked at.
         interval: iterations between samples.
         every: looked at in one sample out of this many, the first one included.
+        state: tells the hooks which iteration is in progress.
     """
 
     name = "attention_activity"
 
     def __init__(
-        self, model: ModelView, queries: int, *, interval: int = 1, every: int = 1
+        self,
+        model: ModelView,
+        queries: int,
+        *,
+        interval: int = 1,
+        every: int = 1,
+        state: StepState | None = None,
     ) -> None:
         self._shape = (model.layers, model.heads)
         self._queries = queries
         self._views = model.activity
-        self._rhythm = Rhythm(interval, every)
+        self._rhythm, self._state = Rhythm(interval, every), state or StepState()
         # rows: largest logit, entropy; sequences are counted on the host, where their number is
         self._sums = {
             layer: torch.zeros(2, view.heads, dtype=torch.float64, device=model.device)
@@ -42,7 +49,6 @@ class AttentionActivityMonitor(Monitor):
         self._mask: torch.Tensor | None = None
 
     def restart(self) -> None:
-        self._rhythm.restart()
         self._clear()
 
     def _clear(self) -> None:
@@ -60,7 +66,7 @@ class AttentionActivityMonitor(Monitor):
         Raises:
             ValueError: it holds packed sequences, whose borders the logits would cross.
         """
-        if not self._rhythm.expected:
+        if not self._rhythm.is_whole(self._state.iteration):
             return
         if call.packed is not None or call.layout == "thd":
             raise ValueError("packed sequences are not supported; turn this monitor off")
@@ -78,8 +84,7 @@ class AttentionActivityMonitor(Monitor):
         self._sequences[layer] += query.shape[1]
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        if self._rhythm.begin(iteration):
-            for layer, view in self._views.items():
+        for layer, view in self._views.items():
                 if self._sequences[layer]:
                     place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
                     fields["max_logit"][place] += self._sums[layer][0]

@@ -31,30 +31,23 @@ class StepState:
 
 
 class Rhythm:
-    """At which samples a monitor reads what no rule judges: the first one and every n-th after it.
-
-    Samples are told by absolute iterations, so that a resumed run goes on with the same ones.
+    """The samples of a run in turn, told by absolute iterations: a resumed run goes on with them.
 
     Args:
         interval: iterations between samples.
-        every: one sample out of this many.
+        every: what no rule judges is read at one sample out of this many, the first one included.
     """
 
     def __init__(self, interval: int = 1, every: int = 1) -> None:
         self._interval, self._every = interval, every
-        #: whether the sample that is being prepared is one of them, as far as is known: true until
-        #: the first sample says where in the run we are
-        self.expected = True
 
-    def begin(self, iteration: int) -> bool:
-        """At a sample: whether it is one of them."""
-        turn = iteration // self._interval
-        self.expected = turn % self._every == 0  # the next one: turn + 1
-        return (turn - 1) % self._every == 0
+    def turn(self, iteration: int) -> int:
+        """Number, from 1, of the sample that an iteration leads to or is sampled in."""
+        return -(-iteration // self._interval)
 
-    def restart(self) -> None:
-        """Training goes on from an iteration that is not known here."""
-        self.expected = True
+    def is_whole(self, iteration: int) -> bool:
+        """Whether all is read at that sample."""
+        return (self.turn(iteration) - 1) % self._every == 0
 
 
 class Monitor(ABC):

@@ -9,7 +9,7 @@ import torch
 
 from ..signals.optimizer import SUMS, StepSums, step_readings
 from ..views import ModelView
-from .base import Monitor, Readings
+from .base import Monitor, Readings, Rhythm
 
 NAMES = (
     "optimizer/update_weight_ratio",
@@ -34,7 +34,7 @@ class OptimizerMonitor(Monitor):
 
     def __init__(self, model: ModelView, interval: int, every: int) -> None:
         self._layers = model.layers
-        self._interval, self._every = interval, every
+        self._rhythm, self._every = Rhythm(interval), every
         self._views = model.optimizer
         self._sums = StepSums(model.device)
 
@@ -42,7 +42,7 @@ class OptimizerMonitor(Monitor):
         return {"sums": (self._layers, len(SUMS))}
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        turn = iteration // self._interval
+        turn = self._rhythm.turn(iteration)
         views = [v for v in self._views if (turn + v.layer) % self._every == 0]
         for view in views:
             state = view.read()

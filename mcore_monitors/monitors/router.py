@@ -85,8 +85,7 @@ class RouterMonitor(Monitor):
 
     def restart(self) -> None:
         self._tokens.clear()
-        self._rhythm.restart()
-        self._tokens.whole = True
+        self._tokens.whole = True  # until the first sample says where in the run we are
         self._reader.restart()
 
     def on_logits(
@@ -108,7 +107,7 @@ class RouterMonitor(Monitor):
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         tokens = self._tokens
-        whole = self._rhythm.begin(iteration)
+        whole = self._rhythm.is_whole(iteration)
         tokens.look()
         if whole and tokens.whole:
             fields["sums"].index_add_(0, self._rows, tokens.sums)
@@ -118,7 +117,7 @@ class RouterMonitor(Monitor):
             fields["sums"].index_add_(0, self._rows, tokens.sums * self._always)
         self._collect_weights(fields)
         tokens.clear()
-        tokens.whole = self._rhythm.expected
+        tokens.whole = self._rhythm.is_whole(iteration + 1)
 
     def _collect_weights(self, fields: dict[str, torch.Tensor]) -> None:
         """Measure this rank's share of the weights, those of one shape together."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, EVIDENCE
+from mcore_monitors.monitors.base import StepState
 from mcore_monitors.monitors.conservation import ONE_IN, REST, ConservationMonitor
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import AttentionCall
@@ -278,11 +279,13 @@ def test_context_parallel_equals_unsharded() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_some_sequences_in_turn_and_a_layer_rests_once_in_three_samples(batch: int) -> None:
-    monitor, parts = ConservationMonitor(TinyModel().view(), GroupSum(None)), broken(batch=batch)
+    state, parts = StepState(), broken(batch=batch)
+    monitor = ConservationMonitor(TinyModel().view(), GroupSum(None), interval=10, state=state)
     seen = []
     for turn in range(3 * 4):
+        state.iteration = 10 * turn
         cross(monitor, 1, parts)
-        readings = sample([monitor], turn)
+        readings = sample([monitor], state.iteration)
         for name in ATTENTION_RESIDUALS:
             stride = min(ONE_IN[name], batch)
             some = defined(cut(parts, lambda x, t=turn, n=stride: x[:, t // 3 % n :: n]))

@@ -163,7 +163,7 @@ def built(
 ) -> tuple[Residual, ConservationMonitor, StepState]:
     torch.manual_seed(0)
     block, state = Residual(norm), StepState(iteration=10, armed=True)
-    watched = ConservationMonitor(view(), GroupSum(None), whole=whole)
+    watched = ConservationMonitor(view(), GroupSum(None), whole=whole, interval=10, state=state)
     tap = Tap(state)
     tap.listeners.append(partial(watched.on_norm, 2, NORMS.index("pre-MLP")))
     observe_norm(block.norm, tap)
@@ -249,13 +249,14 @@ def test_of_many_tokens_some_are_looked_at_and_all_in_turn() -> None:
             odd = (x[..., :1] > 50).to(x.dtype)
             return odd * super().forward(x) + (1 - odd) * right
 
-    block, watched, _ = built(OneTokenOffRMSNorm(), whole=False)
+    block, watched, state = built(OneTokenOffRMSNorm(), whole=False)
     x = normal(4 * TOKENS, 1, 16)
     x[6, 0, 0] = 100.0
     seen = []
     for turn in range(4 * REST):
+        state.iteration = 10 * turn
         block(x.clone().requires_grad_()).square().sum().backward()
-        values = sample([watched], 10).get(SCALE)
+        values = sample([watched], state.iteration).get(SCALE)
         if values is not None and values[2][1] > 1e-5:
             seen.append(turn)
     # the third of four sets of tokens; at one of its three samples the norm rests
@@ -357,8 +358,10 @@ def test_the_monitor_gives_evidence_of_a_wrong_row_term() -> None:
     model = TinyModel().view()
     limit = residual_limits(model)["attention/key_shift_bias"]
     for strength, biased in ((0.0, False), (0.03, True)):
-        watched = ConservationMonitor(model, GroupSum(None))
+        state = StepState()
+        watched = ConservationMonitor(model, GroupSum(None), state=state)
         for step in range(8):
+            state.iteration = step
             cross(watched, 1, attention(strength=strength, seed=step, batch=8))
             readings = sample([watched], step)
         assert (max(readings["attention/key_shift_bias"][1]) > limit) is biased
@@ -372,8 +375,10 @@ def test_the_monitor_gives_evidence_of_two_scores_in_one_kernel() -> None:
         model.conserved[name].dtype = torch.bfloat16
     limits = residual_limits(model)
     for off in (0.0, 0.02):
-        watched = ConservationMonitor(model, GroupSum(None))
+        state = StepState()
+        watched = ConservationMonitor(model, GroupSum(None), state=state)
         for step in range(3):
+            state.iteration = step
             parts = attention(seed=step, batch=32, length=64, channels=16, dtype=torch.bfloat16)
             parts["dk"][:, :, 1] *= 1 + off
             cross(watched, 1, parts)

@@ -29,7 +29,7 @@ from ...signals.conservation import (
     vocabulary_shift_terms,
 )
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
-from ..base import Monitor, Readings, mean_by_layer
+from ..base import Monitor, Readings, Rhythm, StepState, mean_by_layer
 from .border import AttentionBorder, Guard, NormBorder
 from .evidence import Directions, Spread
 from .limits import largest_spread, smallest_bias
@@ -62,6 +62,8 @@ class ConservationMonitor(Monitor):
         context: adds up over the ranks that hold the rest of each sequence.
         vocabulary: adds up over the ranks that hold the rest of each token's logits.
         whole: look at all sequences and tokens of a sample, not at some of them in turn.
+        interval: iterations between samples.
+        state: tells the hooks which iteration is in progress, hence whose turn it is.
 
     Attributes:
         guard: wraps every gradient hook; whoever wires the monitor sets it.
@@ -76,6 +78,8 @@ class ConservationMonitor(Monitor):
         vocabulary: GroupSum | None = None,
         *,
         whole: bool = False,
+        interval: int = 1,
+        state: StepState | None = None,
     ) -> None:
         self.guard: Guard = lambda hook: hook
         self._conserved, self._layers, self._device = model.conserved, model.layers, model.device
@@ -92,7 +96,8 @@ class ConservationMonitor(Monitor):
         }
         self._alike = AlikeRows(self._take_rows)
         self._indices: dict[tuple[int, ...], torch.Tensor] = {}
-        self._turn, self._whole = 0, whole
+        self._rhythm, self._state = Rhythm(interval), state or StepState()
+        self._whole = whole
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         fields: dict[str, tuple[int, ...]] = {
@@ -114,6 +119,10 @@ class ConservationMonitor(Monitor):
         }
         if some:
             AttentionBorder(call, some, partial(self._take_attention, layer), self.guard)
+
+    @property
+    def _turn(self) -> int:
+        return self._rhythm.turn(self._state.iteration)
 
     def _rests(self, place: int) -> bool:
         return not self._whole and place % REST == self._turn % REST
@@ -199,7 +208,6 @@ class ConservationMonitor(Monitor):
         pooled += torch.stack([total, count])
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        self._turn += 1
         self._alike.flush()
         for signal, layers, terms in self._context.complete():
             self._add_attention(signal, layers, terms, fields)
@@ -243,7 +251,6 @@ class ConservationMonitor(Monitor):
         return sums.view(*shape, -1, 4).transpose(1, 2)
 
     def restart(self) -> None:
-        self._turn = 0
         for pending in (self._context, self._vocabulary):
             pending.clear()
         self._alike.clear()
