@@ -8,8 +8,8 @@ read and judged anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mcore_monitors.errors import MonitorsError
@@ -60,6 +60,27 @@ class Sample:
     """Signal name → 1-based global layer number → one value a unit; may hold NaN in memory."""
     cost_seconds: float = 0.0
     """Wall time that monitoring took since the last sample."""
+
+    def recorded(self, wanted: Callable[[str], bool]) -> Sample:
+        """The sample as its record holds it: seven digits; None or NaN for what is not finite.
+
+        Args:
+            wanted: whether to keep a signal.
+        """
+        return replace(
+            self,
+            loss=_column(self.loss),
+            grad_norm=_column(self.grad_norm),
+            learning_rate=_finite(self.learning_rate),
+            signals={
+                name: {
+                    layer: [math.nan if x is None else x for x in _column(values)]
+                    for layer, values in layers.items()
+                }
+                for name, layers in self.signals.items()
+                if wanted(name)
+            },
+        )
 
     def to_record(self) -> dict[str, Any]:
         """Return the history record: JSON-ready, null for what is not finite, seven digits."""

@@ -8,7 +8,6 @@ never stopped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from mcore_monitors.catalogue import is_judged
 from mcore_monitors.detection.alarm import Diagnosis, Verdict
@@ -29,6 +28,7 @@ class Judge:
 
     def __init__(self, config: DetectionConfig, limits: Mapping[str, float] | None = None) -> None:
         self._config, self._given = config, dict(limits or {})
+        self._names: dict[str, bool] = {}
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -38,19 +38,19 @@ class Judge:
     def update(self, sample: Sample) -> Verdict:
         """Judge one sample; iterations must ascend."""
         # What is recorded only can be a thousand times what is judged.
-        judged = {
-            name: layers
-            for name, layers in sample.signals.items()
-            if is_judged(name, self._config.windows)
-        }
-        sample = Sample.from_record(replace(sample, signals=judged).to_record())
+        sample = sample.recorded(self._is_judged)
         alarms = tuple(alarm for rule in self._rules for alarm in rule.update(sample))
         active = tuple(alarm for rule in self._rules for alarm in rule.active())
         judged = {name for rule in self._rules for name in rule.judged}
-        standing = diagnose(active, judged, self._rules[0].sizes)
+        standing = diagnose(active, judged, self._rules[0].sizes) if active else None
         return Verdict(
             alarms=alarms, active=active, diagnosis=self._news(standing), standing=standing
         )
+
+    def _is_judged(self, signal: str) -> bool:
+        if signal not in self._names:
+            self._names[signal] = is_judged(signal, self._config.windows)
+        return self._names[signal]
 
     def _news(self, diagnosis: Diagnosis | None) -> Diagnosis | None:
         """Return the diagnosis if it says something that the last one did not."""

@@ -11,7 +11,7 @@ such a step, and with loss scaling it is routine.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mcore_monitors.catalogue import SIGNALS, base_name
@@ -27,6 +27,8 @@ _CALM = 2 * SUSTAIN_LIMIT
 
 @dataclass
 class _Cell:
+    """A value that is, or was lately, over its limit."""
+
     over: int = 0
     under: int = 0
     onset: int = 0
@@ -45,9 +47,12 @@ class LimitRule:
     def __init__(self, config: DetectionConfig, limits: Mapping[str, float] | None = None) -> None:
         self._config = config
         self._limits = dict(limits or {})
-        self._cells: dict[tuple[str, int, int], _Cell] = {}
-        self.sizes: dict[str, dict[int, list[float]]] = {}
-        """Residual → layer → one size a unit: its last finite value over its limit, else NaN."""
+        #: (signal, layer) → unit → what is remembered of it; most are within their limits
+        self._cells: dict[tuple[str, int], dict[int, _Cell]] = {}
+        #: signal → layer → the last finite value of each unit, else NaN
+        self._last: dict[str, dict[int, list[float]]] = {}
+        #: signal → its limit; None for what is not judged here
+        self._known: dict[str, float | None] = {}
         self.judged: set[str] = set()
         """Signals (without windows) that have been judged so far."""
 
@@ -58,47 +63,86 @@ class LimitRule:
 
     def update(self, sample: Sample) -> list[Alarm]:
         """Judge one sample and return the alarms that it raised."""
-        alarms = []
+        alarms: list[Alarm] = []
         for signal in sorted(sample.signals):
-            info, limit = SIGNALS.get(base_name(signal)), self.limit(signal)
-            if info is None or info.watch != "limit" or limit is None:
+            limit = self._limit_here(signal)
+            if limit is None:
                 continue
-            self.judged.add(info.name)
-            for layer in sorted(sample.signals[signal]):
-                values = sample.signals[signal][layer]
-                self._keep_sizes(signal, layer, [value / limit for value in values])
-                for unit, value in enumerate(values):
-                    cell = self._cells.setdefault((signal, layer, unit), _Cell())
-                    if not self._count(cell, sample.iteration, value, limit):
-                        continue
-                    cell.raised = Alarm(
-                        signal=signal,
-                        layer=layer,
-                        unit=None if info.unit == "layer" else unit,
-                        iteration=sample.iteration,
-                        onset_iteration=cell.onset,
-                        severity=CRITICAL,
-                        rule="limit",
-                        value=value,
-                        limit=limit,
-                        evidence=f"{value:.2e} is {value / limit:.3g} times the limit of "
-                        f"{limit:.2e} ({cell.over} samples in a row)",
-                    )
-                    alarms.append(cell.raised)
+            self.judged.add(base_name(signal))
+            layers = sample.signals[signal]
+            for layer in sorted(layers):
+                values, cells = layers[layer], self._cells.get((signal, layer))
+                self._keep(signal, layer, values)
+                over = [unit for unit, value in enumerate(values) if value > limit]
+                if over or cells:
+                    alarms += self._count_units(sample.iteration, signal, layer, values, over)
         return alarms
 
-    def _keep_sizes(self, signal: str, layer: int, sizes: list[float]) -> None:
-        layers = self.sizes.setdefault(signal, {})
-        before = layers.get(layer, [])
-        if len(before) != len(sizes):  # the first sample, or a history of another model's units
-            before = [math.nan] * len(sizes)
-        layers[layer] = [
-            new if math.isfinite(new) else old for new, old in zip(sizes, before, strict=True)
-        ]
+    def _limit_here(self, signal: str) -> float | None:
+        if signal not in self._known:
+            info = SIGNALS.get(base_name(signal))
+            watched = info is not None and info.watch == "limit"
+            self._known[signal] = self.limit(signal) if watched else None
+        return self._known[signal]
+
+    def _count_units(
+        self, iteration: int, signal: str, layer: int, values: Sequence[float], over: list[int]
+    ) -> Iterator[Alarm]:
+        """Take in the units that are or were over their limit; yield the alarms."""
+        limit, info = self._known[signal], SIGNALS[base_name(signal)]
+        cells = self._cells.setdefault((signal, layer), {})
+        for unit in sorted({*cells, *over}):
+            if unit >= len(values):
+                continue
+            cell, value = cells.setdefault(unit, _Cell()), values[unit]
+            if self._count(cell, iteration, value, limit):
+                cell.raised = Alarm(
+                    signal=signal,
+                    layer=layer,
+                    unit=None if info.unit == "layer" else unit,
+                    iteration=iteration,
+                    onset_iteration=cell.onset,
+                    severity=CRITICAL,
+                    rule="limit",
+                    value=value,
+                    limit=limit,
+                    evidence=f"{value:.2e} is {value / limit:.3g} times the limit of "
+                    f"{limit:.2e} ({cell.over} samples in a row)",
+                )
+                yield cell.raised
+            if not cell.over and cell.raised is None:
+                del cells[unit]
+
+    def _keep(self, signal: str, layer: int, values: list[float]) -> None:
+        layers = self._last.setdefault(signal, {})
+        if not math.isfinite(sum(values)):
+            before = layers.get(layer, [])
+            if len(before) != len(values):  # the first sample, or of another model's units
+                before = [math.nan] * len(values)
+            values = [
+                new if math.isfinite(new) else old for new, old in zip(values, before, strict=True)
+            ]
+        layers[layer] = values
+
+    @property
+    def sizes(self) -> dict[str, dict[int, list[float]]]:
+        """Residual → layer → one size a unit: its last finite value over its limit, else NaN."""
+        return {
+            signal: {
+                layer: [value / self._known[signal] for value in values]
+                for layer, values in layers.items()
+            }
+            for signal, layers in self._last.items()
+        }
 
     def active(self) -> list[Alarm]:
         """Return the alarms whose cell has not been under its limit for four samples yet."""
-        return [cell.raised for cell in self._cells.values() if cell.raised is not None]
+        return [
+            cell.raised
+            for _, cells in sorted(self._cells.items())
+            for _, cell in sorted(cells.items())
+            if cell.raised is not None
+        ]
 
     @staticmethod
     def _count(cell: _Cell, iteration: int, value: float, limit: float) -> bool:
