@@ -40,13 +40,12 @@ class Packed:
 
     def __init__(self, schema: dict[str, tuple[int, ...]], device: torch.device) -> None:
         self.schema = dict(schema)
-        self._flat = torch.zeros(
-            sum(math.prod(s) for s in schema.values()), dtype=torch.float64, device=device
-        )
+        self._sizes = [math.prod(shape) for shape in schema.values()]
+        self._flat = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.fields = self._views(self._flat)
 
     def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = flat.split([math.prod(shape) for shape in self.schema.values()])
+        parts = flat.split_with_sizes(self._sizes)
         return {
             name: part.view(shape)
             for (name, shape), part in zip(self.schema.items(), parts, strict=True)

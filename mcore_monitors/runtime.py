@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .hosts.kss import Shaping
 
 _GO_ON = 0
+#: field of the packed buffer
+_ERRORS = "errors"
 #: samples after which a check ends without a finite residual
 _CHECK_SAMPLES = 50
 
@@ -82,8 +84,9 @@ class Runtime:
         schema = self._steps.schema()
         #: monitor to its fields: as it calls them, and in the packed buffer
         self._fields: dict[str, dict[str, str]] = {}
+        #: row of each monitor: on how many ranks it failed
+        schema[_ERRORS] = (len(self.monitors),)
         for monitor in self.monitors:
-            schema[f"{monitor.name}/errors"] = (1,)
             own = self._fields[monitor.name] = {}
             for name, shape in monitor.schema().items():
                 own[name] = f"{monitor.name}/{name}"
@@ -185,8 +188,11 @@ class Runtime:
         fields = self._packed.fields
         self._steps.write(fields)
         stuck = self._would_wait_for_a_failed_rank()
-        for monitor in self.monitors:
-            self._collect(monitor, iteration, fields, skip=monitor.name in stuck)
+        with torch.no_grad():
+            for place, monitor in enumerate(self.monitors):
+                self._collect(monitor, iteration, fields, skip=monitor.name in stuck)
+                if monitor.name in self._errors:
+                    fields[_ERRORS][place] += 1
         reduced = self._packed.reduce()
         self._disable_failed(reduced, iteration)
         sample = self._read(reduced, iteration, learning_rate, consumed, start)
@@ -229,23 +235,20 @@ class Runtime:
         mine = {name: fields[full] for name, full in self._fields[monitor.name].items()}
         try:
             if monitor.name not in self._errors and not skip:
-                with torch.no_grad():
-                    monitor.collect(iteration, mine)
+                monitor.collect(iteration, mine)
         except Exception as error:  # a monitor never breaks a run
             self._errors[monitor.name] = f"{type(error).__name__}: {error}"
-        if monitor.name in self._errors:
-            fields[f"{monitor.name}/errors"] += 1
 
     def _disable_failed(self, reduced: dict[str, torch.Tensor], iteration: int) -> None:
         """Drop a monitor on all ranks together when it failed on any of them."""
-        failed = [m for m in self.monitors if reduced[f"{m.name}/errors"].item() > 0]
+        ranks = dict(zip(self.monitors, reduced[_ERRORS].tolist(), strict=True))
+        failed = [monitor for monitor, count in ranks.items() if count > 0]
         if not failed:
             return
         for monitor in failed:
-            count = int(reduced[f"{monitor.name}/errors"].item())
             error = self._errors.get(monitor.name, "see the other ranks' output")
             text = (
-                f"monitor {monitor.name!r} failed on {count} rank(s) at iteration "
+                f"monitor {monitor.name!r} failed on {int(ranks[monitor])} rank(s) at iteration "
                 f"{iteration} and is off on all ranks from now on; training goes on. {error}"
             )
             if monitor.name in self._errors or parallel.rank() == 0:

@@ -9,8 +9,8 @@ import torch
 
 #: iterations back for which consumed samples are remembered
 _REMEMBERED = 10_000
-#: fields of the packed buffer: sums, and how many ranks knew the value
-_FIELDS = ("loss", "loss_count", "grad_norm", "grad_norm_count")
+#: field of the packed buffer, and what its rows hold: sums, and how many ranks knew the value
+_FIELD, _ROWS = "steps", ("loss", "loss_count", "grad_norm", "grad_norm_count")
 
 
 class StepLog:
@@ -35,8 +35,8 @@ class StepLog:
         return self._rows[0][0]
 
     def schema(self) -> dict[str, tuple[int, ...]]:
-        """Fields of the packed buffer: a slot a step."""
-        return dict.fromkeys(_FIELDS, (self._interval,))
+        """The field of the packed buffer: a slot a step."""
+        return {_FIELD: (len(_ROWS), self._interval)}
 
     def add(
         self,
@@ -64,30 +64,28 @@ class StepLog:
 
     def write(self, fields: dict[str, torch.Tensor]) -> None:
         """Add this rank's losses and gradient norms into the packed buffer."""
-        # what the host knows goes over in one piece, a row a field
-        host = torch.zeros(len(_FIELDS), self._interval, dtype=torch.float64)
-        table = host.numpy()
-        there: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        # what the host knows goes over in one piece
+        table = [[0.0] * self._interval for _ in _ROWS]
+        there: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for place, takes in enumerate(self._takes):
             for row in self._rows if takes else ():
                 slot, value = row[0] - self.first, row[1 + place]
                 if value is None:
                     continue
-                table[2 * place + 1, slot] += 1
+                table[2 * place + 1][slot] += 1
                 if isinstance(value, torch.Tensor):
-                    there.setdefault(_FIELDS[2 * place], []).append((slot, value.detach()))
+                    there.setdefault(2 * place, []).append((slot, value.detach()))
                 else:
-                    table[2 * place, slot] += value
-        known = host.to(fields[_FIELDS[0]].device, non_blocking=True)
-        for name, row in zip(_FIELDS, known.unbind(0), strict=True):
-            fields[name] += row
-        for name, values in there.items():
-            _add(fields[name], values)
+                    table[2 * place][slot] += value
+        field = fields[_FIELD]
+        field += torch.tensor(table, dtype=torch.float64).to(field.device, non_blocking=True)
+        for place, values in there.items():
+            _add(field[place], values)
 
     def read(self, name: str, reduced: dict[str, torch.Tensor]) -> list[float | None]:
         """One value a step from the first to the last; None where nobody knew it."""
-        slots = self._rows[-1][0] - self.first + 1
-        total, count = reduced[name][:slots].tolist(), reduced[f"{name}_count"][:slots].tolist()
+        slots, row = self._rows[-1][0] - self.first + 1, _ROWS.index(name)
+        total, count = reduced[_FIELD][row : row + 2, :slots].tolist()
         return [v / n if n else None for v, n in zip(total, count, strict=True)]
 
 
