@@ -129,8 +129,20 @@ def model_provider(
     )
 
 
+def keep_compiled_helper() -> None:
+    """Use the compiled data helper of the wheel, which has no makefile to build it anew with."""
+    from megatron.core.datasets import utils
+
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:  # a checkout before its first run
+        return
+    utils.compile_helpers = lambda: None
+
+
 def main() -> None:
     """Parse Megatron's arguments and train."""
+    keep_compiled_helper()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "NullTokenizer"})
     model = {"model_type": ModelType.encoder_or_decoder, "forward_step_func": forward_step}
     if hasattr(argument_utils, "gpt_config_from_args"):
