@@ -235,7 +235,7 @@ def test_a_recomputed_norm_counts_once() -> None:
         else:
             out = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
         out.square().sum().backward()
-        readings.append(reduced([watched], 10)[SCALE])
+        readings.append(watched.sums_of(SCALE, reduced([watched], 10)))
     torch.testing.assert_close(readings[0][1], readings[1][1])
     torch.testing.assert_close(readings[0][1], readings[2][1])
 
@@ -285,7 +285,7 @@ def test_a_check_looks_at_every_token() -> None:
     x = normal(4 * TOKENS, 1, 16).requires_grad_()
     before = block.norm(x * 1)
     before.square().sum().backward()
-    every = reduced([watched], 10)[SCALE]
+    every = watched.sums_of(SCALE, reduced([watched], 10))
     dx = 2 * before.detach() * torch.rsqrt(x.detach().square().mean(-1, keepdim=True) + 1e-5)
     assert every[1, 1, 1].item() > (x.detach() * dx).abs().sum().item()
 

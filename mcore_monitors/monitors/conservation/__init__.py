@@ -9,7 +9,6 @@ size of query–key its square, against what rounding can leave of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,20 +21,21 @@ from ...signals.conservation import (
     key_shift_from_terms,
     norm_scale_terms,
     norm_shift_terms,
-    query_key_from_terms,
-    query_key_squares,
+    query_key_sums,
     router_shift_terms,
     value_output_from_terms,
     vocabulary_shift_terms,
 )
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
-from ..base import Monitor, Readings, Rhythm, StepState, mean_by_layer
+from ..base import Monitor, Readings, Rhythm, StepState
 from .border import AttentionBorder, Guard, NormBorder
 from .evidence import Directions, Spread
 from .limits import largest_spread, smallest_bias
 from .rows import AlikeRows
+from .sums import UnitSums
 from .terms import PendingTerms, Terms
 
+_RESIDUALS = "residuals"
 _BIAS, _SPREAD = "attention/key_shift_bias", "attention/query_key_spread"
 _KEY_SHIFT, _, _QUERY_KEY = ATTENTION_RESIDUALS
 #: one sequence of so many is looked at: more where evidence is added up over sequences
@@ -45,10 +45,11 @@ TOKENS = 16
 #: a place rests at one sample of so many: any three in a row look at it twice, which is what an
 #: alarm takes. Not the key shift, whose evidence lives by the number of sequences
 REST = 3
-_FROM_TERMS = dict(
+#: a total and a count for each unit, and what else there is
+_SUMS = dict(
     zip(
         ATTENTION_RESIDUALS,
-        (key_shift_from_terms, value_output_from_terms, query_key_from_terms),
+        (key_shift_from_terms, value_output_from_terms, query_key_sums),
         strict=True,
     )
 )
@@ -82,29 +83,26 @@ class ConservationMonitor(Monitor):
         state: StepState | None = None,
     ) -> None:
         self.guard: Guard = lambda hook: hook
-        self._conserved, self._layers, self._device = model.conserved, model.layers, model.device
+        self._conserved = model.conserved
         self._context = PendingTerms(context)
         self._vocabulary = PendingTerms(vocabulary or GroupSum(None))
         self.collective = context.size > 1 or self._vocabulary.group.size > 1
         self._directions = Directions(model.layers, model.groups, smallest_bias(model))
         self._spread = Spread(model.layers, model.groups, largest_spread(model))
         # what is pooled over tokens is added up as it comes; attention's terms wait for the sample
-        self._pooled = {
-            signal: torch.zeros(shape, dtype=torch.float64, device=model.device)
-            for signal, shape in self.schema().items()
-            if signal in model.conserved and signal not in ATTENTION_RESIDUALS
-        }
+        self._sums = UnitSums(model.conserved, model.layers, model.device)
         self._alike = AlikeRows(self._take_rows)
-        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
+        #: layers, each with its first group, to where their evidence stands
+        self._rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._rhythm, self._state = Rhythm(interval), state or StepState()
         self._whole = whole
 
     def schema(self) -> dict[str, tuple[int, ...]]:
-        fields: dict[str, tuple[int, ...]] = {
-            signal: (2, self._layers, residual.units)
-            for signal, residual in self._conserved.items()
+        return {
+            _RESIDUALS: self._sums.shape,
+            _BIAS: self._directions.shape,
+            _SPREAD: self._spread.shape,
         }
-        return fields | {_BIAS: self._directions.shape, _SPREAD: self._spread.shape}
 
     # ---- taps ----
 
@@ -169,7 +167,8 @@ class ConservationMonitor(Monitor):
             signed, scale = (part.flatten() for part in terms)
             self._vocabulary.add("output/vocabulary_shift", layer, (signed, scale))
         else:
-            self._pool("output/vocabulary_shift", layer, *(part.sum() for part in _sizes(terms)))
+            terms = tuple(part.unsqueeze(0) for part in terms)
+            self._pool("output/vocabulary_shift", (layer - 1,), terms)
 
     # ---- sums ----
 
@@ -182,87 +181,90 @@ class ConservationMonitor(Monitor):
     ) -> None:
         """Take in the tensors of several calls of norms or routers, [calls, ..., D]."""
         if kind == "router":
-            self._pool_many("router/shift", places, router_shift_terms(*tensors))
+            self._pool("router/shift", places, router_shift_terms(*tensors))
             return
         _, eps, centred = kind
         x, dx, y, dy, *bias = tensors
         bias = bias[0].view(len(places), *(1,) * (x.dim() - 2), -1) if bias else None
         terms = norm_scale_terms(x, dx, y, dy, eps=eps, centred=centred, bias=bias)
-        self._pool_many("norm/scale", places, terms)
+        self._pool("norm/scale", places, terms)
         if centred:
-            self._pool_many("norm/shift", places, norm_shift_terms(dx))
+            self._pool("norm/shift", places, norm_shift_terms(dx))
 
-    def _pool_many(self, signal: str, places: tuple[int, ...], terms: Terms) -> None:
-        """Add Σ|signed| and Σ scale over tokens: their ratio is the same however these are cut."""
-        sums = torch.stack([part.flatten(1).sum(1) for part in _sizes(terms)])
-        self._pooled[signal].flatten(1).index_add_(1, self._index(places), sums.double())
+    def _pool(self, signal: str, places: tuple[int, ...], terms: Terms) -> None:
+        """Add Σ|signed| and Σ scale over tokens: their ratio is the same however these are cut.
 
-    def _index(self, places: tuple[int, ...]) -> torch.Tensor:
-        """The places as a tensor, made once for each set of them that comes together."""
-        if places not in self._indices:
-            self._indices[places] = torch.tensor(places, device=self._device)
-        return self._indices[places]
-
-    def _pool(self, signal: str, layer: int, total: torch.Tensor, count: torch.Tensor) -> None:
-        pooled = self._pooled[signal][:, layer - 1, 0]
-        pooled += torch.stack([total, count])
+        Args:
+            terms: signed and scale, [places, ...].
+        """
+        sizes = terms[0].abs(), terms[1]
+        sums = torch.stack([part.flatten(1).sum(1) for part in sizes])
+        self._sums.add(signal, places, sums.double())
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         self._alike.flush()
         for signal, layers, terms in self._context.complete():
             self._add_attention(signal, layers, terms, fields)
         for signal, layers, terms in self._vocabulary.complete():
-            for layer, *of_layer in zip(layers, *terms, strict=True):
-                self._pool(signal, layer, *(part.sum() for part in _sizes(of_layer)))
-        for signal, sums in self._pooled.items():
-            fields[signal] += sums
-            sums.zero_()
+            self._pool(signal, tuple(layer - 1 for layer in layers), terms)
+        self._sums.move(fields[_RESIDUALS])
 
     def _add_attention(
         self, signal: str, layers: list[int], terms: Terms, fields: dict[str, torch.Tensor]
     ) -> None:
         """Take in complete terms [layers, B, G, ...] of all micro-batches together."""
-        # all heads of all layers at once: [B, layers · G, ...]
-        signed, scale, *more = (term.transpose(0, 1).flatten(1, 2) for term in terms)
-        shape = (len(layers), terms[1].shape[-1])
-        ratio = torch.stack(_FROM_TERMS[signal](signed, scale)).view(2, *shape)
-        along = self._along(signed, scale, more[0], shape) if more else None
-        squares = query_key_squares(signed, scale) if signal == _QUERY_KEY else None
-        places = self._conserved[signal].places
-        for these, first in _runs([places[layer][0] for layer in layers]):
-            here = slice(first, first + shape[1])
-            at = self._index(tuple(layer - 1 for layer in layers[these]))
-            sums = ratio[:, these].double()
-            fields[signal][:, :, here].index_add_(1, at, sums)
-            if along is not None:
-                fields[_BIAS][:, :, here].index_add_(0, at, along[these].double())
-            if squares is not None:
-                pairs = torch.stack([squares.view(shape)[these].double(), sums[1]], dim=-1)
-                fields[_SPREAD][:, here].index_add_(0, at, pairs)
+        signed, scale, *directions = terms
+        residual, groups = self._conserved[signal], scale.shape[-1]
+        firsts = [(layer - 1) * residual.units + residual.places[layer][0] for layer in layers]
+        places = tuple(first + group for first in firsts for group in range(groups))
+        total, count, *squares = (part.flatten() for part in _SUMS[signal](signed, scale))
+        self._sums.add(signal, places, torch.stack([total, count]).double())
+        if directions:
+            along = self._along(signed, scale, directions[0]).double()
+            self._add_rows(fields, _BIAS, places, along.flatten(0, 2))
+        if squares:
+            self._add_rows(fields, _SPREAD, places, torch.stack([*squares, count], 1).double())
 
     @staticmethod
     def _along(
-        signed: torch.Tensor, scale: torch.Tensor, directions: torch.Tensor, shape: tuple[int, int]
+        signed: torch.Tensor, scale: torch.Tensor, directions: torch.Tensor
     ) -> torch.Tensor:
-        """Sums of the key shift along its directions, [layers, directions, G, 4]."""
-        number = key_shift_along(signed, directions.permute(2, 0, 1, 3)).permute(1, 2, 0)
-        scale = scale.unsqueeze(-1).expand_as(number)
-        sums = direction_terms(number.flatten(1), scale.flatten(1))
-        return sums.view(*shape, -1, 4).transpose(1, 2)
+        """Sums of the key shift along its directions [layers, B, G, n, d]: [layers, G, n, 4]."""
+        number = key_shift_along(signed, directions.permute(3, 0, 1, 2, 4)).permute(2, 1, 3, 0)
+        return direction_terms(number, scale.transpose(0, 1).unsqueeze(-1).expand_as(number))
+
+    def _add_rows(
+        self,
+        fields: dict[str, torch.Tensor],
+        name: str,
+        places: tuple[int, ...],
+        rows: torch.Tensor,
+    ) -> None:
+        """Add rows of evidence, each place's behind one another, to a field."""
+        field = fields[name]
+        if (name, places) not in self._rows:
+            # of a field [layers, units, sums], or [layers, n, units, sums] with n rows a place
+            units, n = field.shape[-2], field.shape[1] if field.dim() == 4 else 1
+            at = [(p // units * n + i) * units + p % units for p in places for i in range(n)]
+            self._rows[name, places] = torch.tensor(at, device=field.device)
+        field.view(-1, field.shape[-1]).index_add_(0, self._rows[name, places], rows)
 
     def restart(self) -> None:
         for pending in (self._context, self._vocabulary):
             pending.clear()
         self._alike.clear()
-        for sums in self._pooled.values():
-            sums.zero_()
+        self._sums.clear()
         self._directions.clear()
         self._spread.clear()
 
     # ---- readings ----
 
+    def sums_of(self, signal: str, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Totals and counts of one residual in the packed buffer, [2, layers, units]."""
+        return self._sums.of(signal, fields[_RESIDUALS])
+
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
-        readings = {signal: mean_by_layer(*fields[signal]) for signal in self._conserved}
+        readings = self._sums.readings(fields[_RESIDUALS])
         evidence = self._directions.add(fields[_BIAS]).tolist()
         shift = readings["attention/key_shift"]
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
@@ -271,23 +273,3 @@ class ConservationMonitor(Monitor):
         # what no layer has, as the routers of a dense model, is no reading
         return {signal: layers for signal, layers in readings.items() if layers}
 
-
-def _sizes(terms: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(|signed|, scale) of a residual's terms."""
-    return terms[0].abs(), terms[1]
-
-
-def _runs(firsts: list[int]) -> Iterator[tuple[slice, int]]:
-    """Stretches of layers whose units begin at the same place.
-
-    Args:
-        firsts: first unit of each layer.
-
-    Yields:
-        (slice of the layers, first unit).
-    """
-    start = 0
-    for i in range(1, len(firsts) + 1):
-        if i == len(firsts) or firsts[i] != firsts[start]:
-            yield slice(start, i), firsts[start]
-            start = i

@@ -75,14 +75,15 @@ class AttentionBorder:
                 x.register_hook(guard(partial(self._arrived, f"d{name}", heads)))
 
     def _arrived(self, name: str, heads: int, gradient: torch.Tensor) -> None:
-        self._have[name] = arranged(gradient.detach(), heads, self._layout)
+        have = self._have
+        have[name] = arranged(gradient.detach(), heads, self._layout)
         for signal, (terms, names) in list(self._open.items()):
-            if all(n in self._have for n in names):
+            if all(map(have.__contains__, names)):
                 del self._open[signal]
                 some = self._some[signal]
-                self._deliver(signal, terms(*(self._have[n][:, some] for n in names)))
-        needed = {name for _, names in self._open.values() for name in names}
-        self._have = {n: x for n, x in self._have.items() if n in needed}
+                self._deliver(signal, terms(*[have[n][:, some] for n in names]))
+        for gone in have.keys() - set().union(*(names for _, names in self._open.values())):
+            del have[gone]
 
 
 class NormBorder:

@@ -7,6 +7,8 @@ leaves has no size that is known beforehand; query–key's has.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ...catalogue.conservation import BIASES
@@ -33,7 +35,7 @@ class Directions:
     def __init__(self, layers: int, units: int, least: float) -> None:
         self.shape = (layers, len(BIASES), units, 4)
         self._least = least
-        self._window = SampleWindow(layers * len(BIASES) * units, 4, max(WINDOWS))
+        self._window = SampleWindow(layers * len(BIASES) * units, 4, WINDOWS)
 
     def add(self, sums: torch.Tensor) -> torch.Tensor:
         """Take in one sample; return the evidence in nats, [layers, directions].
@@ -46,10 +48,8 @@ class Directions:
             over windows; 0 where no unit's mean is as large as ``least``.
         """
         sums = sums.flatten(0, 2)
-        # a step whose gradients overflowed must not blind the window for all its samples
-        self._window.add(torch.where(sums.isfinite().all(-1, keepdim=True), sums, 0.0))
-        windows = torch.stack([self._window.sums(last) for last in WINDOWS])
-        windows = windows.view(len(WINDOWS), *self.shape)
+        self._window.add(_finite(sums))
+        windows = self._window.sums().view(-1, *self.shape)
         # a unit that nobody counted has no direction: 0/0
         log_p = direction_layer_log_p(windows).nan_to_num(0.0)
         biased = direction_bias(windows).nan_to_num(0.0).amax(-1) >= self._least
@@ -71,7 +71,7 @@ class Spread:
     def __init__(self, layers: int, units: int, sigma: float) -> None:
         self.shape = (layers, units, 2)
         self._sigma = sigma
-        self._window = SampleWindow(layers * units, 2, max(WINDOWS))
+        self._window = SampleWindow(layers * units, 2, WINDOWS)
 
     def add(self, sums: torch.Tensor) -> torch.Tensor:
         """Take in one sample; return the evidence in nats, [layers, units].
@@ -86,11 +86,21 @@ class Spread:
         """
         here = sums[..., 1] > 0
         sums = sums.flatten(0, 1)
-        self._window.add(torch.where(sums.isfinite().all(-1, keepdim=True), sums, 0.0))
-        squares, count = torch.stack([self._window.sums(last) for last in WINDOWS]).unbind(-1)
+        self._window.add(_finite(sums))
+        squares, count = self._window.sums().unbind(-1)
         evidence = -spread_log_p(squares, count, self._sigma).amin(0).view(self.shape[:2])
         return torch.where(here, evidence, torch.nan)
 
     def clear(self) -> None:
         """Forget all samples."""
         self._window.clear()
+
+
+def _finite(sums: torch.Tensor) -> torch.Tensor:
+    """Sums [rows, sums], rows with a broken one as zeros.
+
+    A step whose gradients overflowed must not blind the window for all its samples.
+    """
+    if math.isfinite(sums.sum().item()):
+        return sums
+    return torch.where(sums.isfinite().all(-1, keepdim=True), sums, 0.0)

@@ -30,7 +30,7 @@ from .norm_scale import (
     norm_shift_from_terms,
     norm_shift_terms,
 )
-from .query_key import query_key_from_terms, query_key_squares, query_key_terms
+from .query_key import query_key_from_terms, query_key_sums, query_key_terms
 from .router_shift import router_shift_from_terms, router_shift_terms
 from .value_output import value_output_from_terms, value_output_terms
 from .vocabulary_shift import vocabulary_shift_from_terms, vocabulary_shift_terms
@@ -57,7 +57,7 @@ __all__ = [
     "norm_shift_from_terms",
     "norm_shift_terms",
     "query_key_from_terms",
-    "query_key_squares",
+    "query_key_sums",
     "query_key_terms",
     "router_shift_from_terms",
     "router_shift_terms",

@@ -24,18 +24,18 @@ pushes the same way each time, and ‖Σ r_i‖ grows like n. Two numbers say so
 A tiny bias is no fault: a healthy kernel may have one far below its floor (attention sinks in
 bfloat16, exponentials in float32). Judge the size of the mean as well (:func:`direction_bias`).
 
-All four sums add up over micro-batches, ranks and samples.
+All four sums add up over micro-batches, ranks and samples. They have no graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
     """Sums over the sequences of a call, per unit.
 
@@ -53,25 +53,21 @@ def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([r, norm, norm.square(), counted.to(r.dtype)], dim=-1).sum(0)
 
 
-@torch.no_grad()
 def direction_coherence(sums: Tensor) -> Tensor:
     """‖Σ r_i‖ / Σ‖r_i‖ from sums [..., d + 3]: [...], 0 to 1; NaN without a sequence."""
     return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -3]
 
 
-@torch.no_grad()
 def direction_bias(sums: Tensor) -> Tensor:
     """Size of the mean ‖Σ r_i‖ / n: what is left of the residual when rounding has cancelled."""
     return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -1]
 
 
-@torch.no_grad()
 def direction_log_p(sums: Tensor) -> Tensor:
     """ln of the bound on P(a healthy kernel gives as large an energy ratio), at most 0."""
     return (math.log(2) - direction_energy(sums) / 2).clamp(max=0.0)
 
 
-@torch.no_grad()
 def direction_energy(sums: Tensor) -> Tensor:
     """Energy ratio F from sums [..., d + 3]: [...], about 1 for rounding, NaN without a term."""
     return sums[..., :-3].square().sum(-1) / sums[..., -2]
@@ -82,7 +78,6 @@ def direction_energy_limit(level: float) -> float:
     return 2 * math.log(2 / level)
 
 
-@torch.no_grad()
 def direction_layer_log_p(sums: Tensor) -> Tensor:
     """ln of the bound for all heads of a layer together, from sums [..., H, d + 3]: [...].
 
@@ -90,17 +85,17 @@ def direction_layer_log_p(sums: Tensor) -> Tensor:
     row (a bias that has one sign in all heads, as an offset of δ has), Chernoff's bound on the sum
     over heads (one that doesn't), and the best single head, paid for looking at H of them.
     """
-    energy = direction_energy(sums)
-    heads = energy.shape[-1]
-    total = energy.sum(-1).clamp(min=heads)
+    # the heads, and behind them all their sequences in one row
+    rows = torch.cat([sums, sums.sum(-2, keepdim=True)], dim=-2)
+    energy, log_p = direction_energy(rows), direction_log_p(rows)
+    heads = sums.shape[-2]
+    total = energy[..., :-1].sum(-1).clamp(min=heads)
     together = -total / 2 + heads / 2 * (1 + (total / heads).log())
-    single = direction_log_p(sums).amin(-1) + math.log(heads)
-    in_line = direction_log_p(sums.sum(-2))
+    single, in_line = log_p[..., :-1].amin(-1) + math.log(heads), log_p[..., -1]
     best = torch.minimum(torch.minimum(together, single), in_line)
     return (best + math.log(3)).clamp(max=0.0)
 
 
-@torch.no_grad()
 def spread_log_p(squares: Tensor, count: Tensor, sigma: float) -> Tensor:
     """ln of a bound on P(rounding alone makes residuals this large), at most 0; any shape.
 
@@ -125,26 +120,35 @@ def spread_log_p(squares: Tensor, count: Tensor, sigma: float) -> Tensor:
 class SampleWindow:
     """The last samples' sums of each unit, in a buffer of fixed size.
 
+    Short windows see a new fault soon, long ones a small one at all.
+
     Args:
         units: number of heads (or layers) watched.
         width: sums of one unit.
-        samples: length of the window.
+        lengths: of the windows, in samples.
     """
 
-    def __init__(self, units: int, width: int, samples: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        units: int,
+        width: int,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+    ):
         #: the newest first
-        self._samples = torch.zeros(samples, units, width, dtype=torch.float64, device=device)
+        self._samples = torch.zeros(
+            max(lengths), units, width, dtype=torch.float64, device=device
+        )
+        mask = [[float(age < length) for age in range(max(lengths))] for length in lengths]
+        self._mask = torch.tensor(mask, dtype=torch.float64).to(device)
 
     def add(self, sums: Tensor) -> None:
-        """Take in one sample's sums [units, width], complete over ranks and micro-batches."""
+        """Take in one sample's finite sums [units, width], of all ranks and micro-batches."""
         self._samples = torch.cat([sums.unsqueeze(0), self._samples[:-1]])
 
-    def sums(self, last: int | None = None) -> Tensor:
-        """Sums over the last samples, all by default, [units, width].
-
-        Short windows see a new fault soon, long ones a small one at all.
-        """
-        return self._samples[:last].sum(0)
+    def sums(self) -> Tensor:
+        """Sums over the last samples, [windows, units, width]."""
+        return (self._mask @ self._samples.flatten(1)).unflatten(1, self._samples.shape[1:])
 
     def clear(self) -> None:
         """Forget all samples, after a rollback for instance."""

@@ -93,7 +93,6 @@ def _terms(
     return dk.sum(0, dtype=dtype), keys + alpha * over_groups(rows.sum(0), dk.shape[2])
 
 
-@torch.no_grad()
 def key_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over sequences of ‖Σ_j dK_j‖ / scale, and the number of sequences, per key head.
 
@@ -142,7 +141,6 @@ def key_shift_all_terms(
     return *_terms(dk, query, row, None), _directions(query, row, dk.shape[2])
 
 
-@torch.no_grad()
 def key_shift_along(signed: Tensor, directions: Tensor) -> Tensor:
     """−Σ_j dK_j along each direction of unit length: positive where δ is too large.
 

@@ -73,7 +73,6 @@ def norm_scale_terms(
     return signed, scale
 
 
-@torch.no_grad()
 def norm_scale_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t |residual_t| / Σ_t Σ_c |x_c dx_c| over the tokens of a call, and 1.
 
@@ -97,7 +96,6 @@ def norm_shift_terms(grad_x: Tensor) -> tuple[Tensor, Tensor]:
     return dx.sum(-1), dx.abs().sum(-1)
 
 
-@torch.no_grad()
 def norm_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t |Σ_c dx_c| / Σ_t Σ_c |dx_c| over the tokens of a call, and 1; see the others."""
     return pooled_ratio(signed, scale)

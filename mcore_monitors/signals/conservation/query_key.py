@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .terms import paired_terms, ratio_sums
+from .terms import paired_terms, ratios
 
 
 @torch.no_grad()
@@ -53,7 +53,6 @@ def query_key_terms(
     return paired_terms(query, grad_query, key, grad_key, power=2)
 
 
-@torch.no_grad()
 def query_key_from_terms(signed: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over sequences of |⟨Q, dQ⟩ − ⟨K, dK⟩| / √squares, and their number, per key head.
 
@@ -63,10 +62,13 @@ def query_key_from_terms(signed: Tensor, squares: Tensor) -> tuple[Tensor, Tenso
     Returns:
         (sum of ratios [G], number of sequences [G]). A sequence without gradient is not counted.
     """
-    return ratio_sums(signed.abs(), squares.sqrt())
+    return query_key_sums(signed, squares)[:2]
 
 
-@torch.no_grad()
-def query_key_squares(signed: Tensor, squares: Tensor) -> Tensor:
-    """Sum over sequences of (⟨Q, dQ⟩ − ⟨K, dK⟩)² / squares, [G]; see :func:`spread_log_p`."""
-    return ratio_sums(signed.double().square(), squares)[0]
+def query_key_sums(signed: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`query_key_from_terms`, and the sum of the ratios' squares [G].
+
+    For the squares see :func:`spread_log_p`.
+    """
+    ratio, counted = ratios(signed.abs(), squares.sqrt())
+    return ratio.sum(-2), counted.sum(-2, dtype=ratio.dtype), ratio.square().sum(-2)

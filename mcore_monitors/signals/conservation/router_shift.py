@@ -49,7 +49,6 @@ def router_shift_terms(grad_logits: Tensor) -> tuple[Tensor, Tensor]:
     return z.sum(-1), z.abs().sum(-1)
 
 
-@torch.no_grad()
 def router_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t |Σ_e dz_e| / Σ_t Σ_e |dz_e| over the tokens of a call, and 1.
 

@@ -76,14 +76,19 @@ def paired_terms(
 
 
 def ratio_sums(size: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the first dimension of size / scale, and how many were counted.
+    """Sum over the last dimension but one of size / scale, and how many were counted.
 
     A zero scale (all padding) says nothing and is not counted; a non-finite one is, and makes the
     sum NaN, so that a broken gradient does not pass as an empty one.
     """
+    ratio, counted = ratios(size, scale)
+    return ratio.sum(-2), counted.sum(-2, dtype=scale.dtype)
+
+
+def ratios(size: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """size / scale, and whether each counts."""
     counted = scale != 0  # true for NaN
-    ratio = size / torch.where(counted, scale, 1.0)
-    return ratio.sum(0), counted.sum(0, dtype=scale.dtype)
+    return size / torch.where(counted, scale, 1.0), counted
 
 
 def pooled_ratio(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

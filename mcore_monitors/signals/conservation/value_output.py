@@ -57,7 +57,6 @@ def value_output_terms(
     return signed, 0.5 * scale
 
 
-@torch.no_grad()
 def value_output_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over sequences of |⟨O, dO⟩ − ⟨V, dV⟩| / scale, and their number, per key head.
 

@@ -42,7 +42,6 @@ def vocabulary_shift_terms(grad_logits: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.no_grad()
 def vocabulary_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_t |Σ_v dlogit_v| / Σ_t Σ_v |dlogit_v| over the tokens of a call, and 1.
 

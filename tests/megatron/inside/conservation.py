@@ -134,17 +134,20 @@ def test_a_healthy_step_is_quiet_complete_and_bitwise_the_same(name: str) -> Non
 
     fields = watched.collected()
     for signal in ATTENTION_RESIDUALS:
-        assert fields[signal][1].tolist() == [[build.BATCH] * build.GROUPS] * build.LAYERS
+        seen = watched.monitor.sums_of(signal, fields)[1].tolist()
+        assert seen == [[build.BATCH] * build.GROUPS] * build.LAYERS
     layernorm = more.get("normalization") != "RMSNorm"
     qk = [Q, K] if more.get("qk_layernorm") else []
     for signal in ("norm/scale", "norm/shift") if layernorm else ("norm/scale",):
-        seen = (fields[signal][1] > 0).tolist()
+        seen = (watched.monitor.sums_of(signal, fields)[1] > 0).tolist()
         for layer in range(build.LAYERS):
             final = [FINAL] if layer == build.LAYERS - 1 else []
             wanted = [INPUT, MLP, *qk, *final]
             assert [i for i, here in enumerate(seen[layer]) if here] == wanted, (signal, layer)
-    assert (fields["router/shift"][1] > 0).tolist() == [[True]] * build.LAYERS
-    assert (fields["output/vocabulary_shift"][1] > 0).tolist() == [[False], [True]]
+    seen = watched.monitor.sums_of("router/shift", fields)[1]
+    assert (seen > 0).tolist() == [[True]] * build.LAYERS
+    seen = watched.monitor.sums_of("output/vocabulary_shift", fields)[1]
+    assert (seen > 0).tolist() == [[False], [True]]
 
     watched.step()
     assert worst(watched.sizes()) < 0.3
@@ -173,7 +176,8 @@ def test_nothing_is_told_on_steps_that_are_not_sampled() -> None:
     watched.step()
     # the runtime's guard keeps routers quiet on such steps, here it lets everything through
     fields = watched.collected()
-    assert not any(f.any() for name, f in fields.items() if not name.startswith("router/"))
+    others = [name for name in watched.view.conserved if not name.startswith("router/")]
+    assert not any(watched.monitor.sums_of(name, fields).any() for name in others)
 
 
 def test_latent_attention_keeps_its_identities() -> None:
