@@ -113,18 +113,18 @@ class Judge:
                 alarms.append(_alarm(r, "size", over))
             if r.spread is not None:
                 if r.place not in self._spreads:
-                    self._spreads[r.place] = c.SampleWindow(HEADS, 2, max(WINDOWS))
+                    self._spreads[r.place] = c.SampleWindow(HEADS, 2, WINDOWS)
                     self._spreads[r.place].add(r.spread)
                 alarms += self._spread(r, set(over), math.log(LEVEL / (len(WINDOWS) * groups)))
             if over or r.direction is None:
                 continue
             windows = self._windows.setdefault(
-                r.place, [c.SampleWindow(len(d), 4, max(WINDOWS)) for d in r.direction]
+                r.place, [c.SampleWindow(len(d), 4, WINDOWS) for d in r.direction]
             )
             for window, sums in zip(windows, r.direction, strict=True):
                 window.add(sums)
-                for last in WINDOWS:
-                    units = self._biased(window.sums(last), r, math.log(LEVEL / tests))
+                for last, of_last in zip(WINDOWS, window.sums(), strict=True):
+                    units = self._biased(of_last, r, math.log(LEVEL / tests))
                     if units:
                         alarms.append(_alarm(r, f"direction over {last}", units))
                         break
@@ -132,8 +132,7 @@ class Judge:
 
     def _spread(self, r: Reading, over: set[int], log_level: float) -> list[dict[str, Any]]:
         window, sigma = self._spreads[r.place], SPREAD * r.limit
-        for last in WINDOWS:
-            sums = window.sums(last)
+        for last, sums in zip(WINDOWS, window.sums(), strict=True):
             log_p = c.spread_log_p(sums[:, 0], sums[:, 1], sigma)
             units = [i for i, p in enumerate(log_p.tolist()) if p <= log_level and i not in over]
             if units:

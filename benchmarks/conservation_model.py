@@ -196,8 +196,8 @@ def attention_readings(
     yield _reading("value_output", place, ratio, *sizes)
     q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/query_key"])
     signed, squares = c.query_key_terms(q, dq, k, dk)
-    ratio = c.query_key_from_terms(signed, squares)
-    spread = torch.stack([c.query_key_squares(signed, squares), ratio[1]], dim=-1).double()
+    *ratio, power = c.query_key_sums(signed, squares)
+    spread = torch.stack([power, ratio[1]], dim=-1).double()
     yield _reading("query_key", place, ratio, *sizes, spread=spread)
 
 
