@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 
 from .update_spectra import UpdateGrams, of_heads
 
@@ -99,7 +99,7 @@ def _combined(coefficients: Tensor, old: Tensor, new: Tensor, weight_at: int) ->
     # Heads of a group share its weight: their rows are multiplied together.
     rows = coefficients.to(dtype).reshape(old.shape[0], -1, coefficients.shape[-1])
     halves = rows.chunk(2, dim=-1)
-    combined = halves[weight_at] @ old + halves[1 - weight_at] @ (new - old)
+    combined = torch.baddbmm(bmm(halves[weight_at], old), halves[1 - weight_at], new - old)
     return combined.view(*coefficients.shape[:2], -1)
 
 
@@ -111,40 +111,30 @@ def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z. Needs no weights, so many windows may go through one call.
     """
     heads, d = grams.query.update.shape[:2]
-    query = grams.query.update, grams.query.cross, grams.query.weight
-    key = tuple(
-        of_heads(block, heads) for block in (grams.key.weight, grams.key.cross.mT, grams.key.update)
-    )
-    diagonals = [block.diagonal(dim1=1, dim2=2) for block in (query[0], query[2])]
+    query = grams.query.whole(update_first=True)
+    key = of_heads(grams.key.whole(update_first=False), heads)
     # Rows of A in unit length, so that small ΔW rows and large W rows stand on one scale, as the
     # rows of B do that are multiplied by the lengths.
-    length = torch.cat(diagonals, dim=1).sqrt().unsqueeze(2)
+    length = query.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2)
     inverse = torch.where(length == 0, 1.0, 1 / length)
+    query, lengthened = query * inverse.mT, length * key
 
     place = torch.arange(2 * d, dtype=length.dtype, device=length.device) + 0.5
     wave = torch.arange(1, min(_VECTORS, 2 * d) + 1, dtype=length.dtype, device=length.device)
     z = torch.cos(math.pi / (2 * d) * place[:, None] * (wave - 0.5)).expand(heads, -1, -1)
     for _ in range(_PASSES):
-        z = torch.linalg.qr(length * _times(key, _times(query, inverse * z))).Q
+        z = torch.linalg.qr(bmm(lengthened, bmm(query, z))).Q
 
     # Within the subspace: largest cᵀ Zᵀ A' (B B') A Z c against cᵀ Zᵀ (A A') Z c.
-    image = _times(query, inverse * z)
-    inner = _unit_trace((inverse * z).mT @ image)
-    outer = image.mT @ _times(key, image)
+    image = bmm(query, z)
+    inner = _unit_trace(bmm((inverse * z).mT, image))
+    outer = bmm(image.mT, bmm(key, image))
     inner.diagonal(dim1=1, dim2=2).add_(16 * d * torch.finfo(inner.dtype).eps)
     factor, _ = torch.linalg.cholesky_ex(inner)
     half = torch.linalg.solve_triangular(factor, outer, upper=False)
     ritz = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     c = torch.linalg.solve_triangular(factor.mT, _leading_vectors(ritz), upper=True)
-    return (inverse * (z @ c)).mT, (image @ c).mT
-
-
-def _times(gram: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
-    """[first across; acrossᵀ last] x, from the blocks [n, d, d] and x [n, 2d, k]."""
-    first, across, last = gram
-    top, bottom = x.chunk(2, dim=1)
-    above = torch.baddbmm(first @ top, across, bottom)
-    return torch.cat([above, torch.baddbmm(across.mT @ top, last, bottom)], dim=1)
+    return (inverse * bmm(z, c)).mT, bmm(image, c).mT
 
 
 def _leading_vectors(symmetric: Tensor) -> Tensor:
@@ -152,10 +142,10 @@ def _leading_vectors(symmetric: Tensor) -> Tensor:
     first = _leading_vector(symmetric)
     # The rest of the matrix, at right angles to the first: also where two eigenvalues are so close
     # that the first is some mixture of their vectors, the two together span the same plane.
-    rest = symmetric - first @ (first.mT @ symmetric)
-    rest = rest - (rest @ first) @ first.mT
+    rest = symmetric - bmm(first, bmm(first.mT, symmetric))
+    rest = rest - bmm(bmm(rest, first), first.mT)
     second = _leading_vector(rest)
-    second = _unit((second - first @ (first.mT @ second)).mT).mT
+    second = _unit((second - bmm(first, bmm(first.mT, second))).mT).mT
     return torch.cat([first, second], dim=2)
 
 
@@ -166,7 +156,7 @@ def _leading_vector(symmetric: Tensor) -> Tensor:
         # of at most 8 eigenvalues the largest is 1/8 or more: its eighth power is no underflow
         power = _unit_trace(power)
         for _ in range(3):
-            power = power @ power
+            power = bmm(power, power)
     column = power.diagonal(dim1=1, dim2=2).argmax(1)
     vector = power.gather(2, column[:, None, None].expand(-1, power.shape[1], 1))
     return _unit(vector.mT).mT

@@ -273,7 +273,7 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         factor, absent = _factor(query.whole(update_first=True), lift)
         factor.diagonal(dim1=1, dim2=2).sub_(absent)
         inner = of_heads(key.whole(update_first=False), heads)
-        return factor[:, :d, :d], factor @ inner @ factor.mT
+        return factor[:, :d, :d], torch.bmm(torch.bmm(factor, inner), factor.mT)
 
     first, still = _factor(query.update.clone(), lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
