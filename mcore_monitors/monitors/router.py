@@ -53,10 +53,8 @@ class RouterMonitor(Monitor):
         self._views = model.routers
         self._tokens = RouterSums(model.routers, model.experts, model.device)
         self._rows = self._indices([view.layer - 1 for view in model.routers], model.device)
-        # 1 at the sums that every sample has
-        self._always = torch.tensor([float(s in ALWAYS) for s in SUMS]).to(model.device)
-        #: rows of the weights that are measured together, where they are
-        self._measured: dict[tuple[int, ...], torch.Tensor] = {}
+        #: rows of the weights that are measured together, where they are, and 1 for each
+        self._measured: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._reader = RouterReader()
 
     @staticmethod
@@ -76,8 +74,7 @@ class RouterMonitor(Monitor):
     def schema(self) -> dict[str, tuple[int, ...]]:
         layers = self._layers
         return {
-            "weights": (layers, len(OF_WEIGHT)),
-            "weights_count": (layers, 1),
+            "weights": (layers, len(OF_WEIGHT) + 1),  # and how many were measured
             "sums": (layers, len(SUMS)),
             "upto": (layers, len(EDGES), BINS),
             "load": (layers, self._experts),
@@ -114,7 +111,7 @@ class RouterMonitor(Monitor):
             fields["upto"].index_add_(0, self._rows, tokens.counts.upto())
             fields["load"].index_add_(0, self._rows, tokens.load)
         else:
-            fields["sums"].index_add_(0, self._rows, tokens.sums * self._always)
+            fields["sums"][:, :ALWAYS].index_add_(0, self._rows, tokens.sums[:, :ALWAYS])
         self._collect_weights(fields)
         tokens.clear()
         tokens.whole = self._rhythm.is_whole(iteration + 1)
@@ -139,12 +136,13 @@ class RouterMonitor(Monitor):
         self, weights: dict[int, torch.Tensor], fields: dict[str, torch.Tensor]
     ) -> None:
         stack = torch.stack(list(weights.values())).double()
-        found = torch.stack([signal(stack) for signal in OF_WEIGHT.values()], 1)
         rows = tuple(weights)
         if rows not in self._measured:  # the same at every sample
-            self._measured[rows] = self._indices(rows, stack.device)
-        fields["weights"].index_add_(0, self._measured[rows], found)
-        fields["weights_count"].index_add_(0, self._measured[rows], torch.ones_like(found[:, :1]))
+            index = self._indices(rows, stack.device)
+            self._measured[rows] = index, torch.ones_like(index, dtype=torch.float64)
+        index, ones = self._measured[rows]
+        found = torch.stack([*(signal(stack) for signal in OF_WEIGHT.values()), ones], 1)
+        fields["weights"].index_add_(0, index, found)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         return self._reader(fields)

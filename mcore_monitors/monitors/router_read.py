@@ -11,25 +11,15 @@ from torch import Tensor
 
 from ..signals import router as signals
 from .base import Readings
-from .router_sums import EDGES, SUMS
+from .router_sums import ALWAYS, EDGES
 
 OF_WEIGHT = {
     "weight_similarity": signals.weight_similarity,
     "centred_conditioning": signals.centred_conditioning,
     "row_norm_spread": signals.row_norm_spread,
 }
-#: quantiles over tokens: suffix of the signal's name to q
-QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
-MARGIN_QUANTILES = {"q05": 0.05}
-
-_OF_TOKENS = {
-    "entropy": "routing_entropy",
-    "predicted_entropy": "predicted_entropy",
-    "squared_logsumexp": "z",
-    "mixing_entropy": "mixing_entropy",
-    "margin": "topk_margin",
-    "agreement": "bias_agreement",
-}
+#: mean of each of ``SELDOM_TERMS``
+_OF_TERMS = ("predicted_entropy", "z", "mixing_entropy", "topk_margin", "bias_agreement")
 _OF_LOAD = {
     "load_max_violation": signals.max_violation,
     "effective_experts": signals.effective_experts,
@@ -37,8 +27,13 @@ _OF_LOAD = {
     "underused_experts": signals.underused_experts,
     "largest_share": signals.largest_share,
 }
-_PLACE = {name: i for i, name in enumerate(SUMS)}
-_EDGES = {name: torch.tensor(edges, dtype=torch.float64) for name, edges in EDGES.items()}
+#: quantiles over tokens, of the margin the first only
+_QUANTILES = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+_SUFFIXES = ("q05", "q50", "q95")
+_EDGES = torch.tensor(list(EDGES.values()), dtype=torch.float64)
+
+#: name of a signal to its values [layers], and to what was counted for each, 0 for nothing
+_Columns = dict[str, tuple[Tensor, Tensor]]
 
 
 class RouterReader:
@@ -54,33 +49,38 @@ class RouterReader:
 
     def __call__(self, fields: dict[str, Tensor]) -> Readings:
         """Readings of the fields of :class:`mcore_monitors.monitors.router.RouterMonitor`."""
-        counted = fields["weights_count"][:, 0]
-        columns = _Columns()
-        for name, total in zip(OF_WEIGHT, fields["weights"].unbind(1), strict=True):
-            columns.add(name, total / counted, counted)
-        tokens = fields["sums"][:, _PLACE["tokens"]]
-        experts = fields["sums"][:, _PLACE["experts"]] / tokens
-        _add_tokens(columns, fields, tokens, experts)
+        *measured, counted = fields["weights"].unbind(1)
+        columns = {
+            name: (total / counted, counted)
+            for name, total in zip(OF_WEIGHT, measured, strict=True)
+        }
+        sums = fields["sums"]
+        tokens, experts, entropy = sums[:, :ALWAYS].unbind(1)
+        entropy, experts = entropy / tokens, experts / tokens
+        # of one expert there is no choice: 0 of 0 nats
+        nats = torch.where(experts > 1, experts.round().log(), torch.nan)
+        columns["routing_entropy"] = entropy, tokens
+        columns["routing_entropy_normalised"] = entropy / nats, tokens
+        if sums[:, ALWAYS:].any():
+            columns |= _of_terms(sums[:, ALWAYS:], fields["upto"], entropy, nats)
         if fields["load"].any():
-            self._add_load(columns, fields["load"], experts)
-        return columns.readings()
+            columns |= self._of_load(fields["load"], experts)
+        return _readings(columns)
 
-    def _add_load(self, columns: _Columns, load: Tensor, experts: Tensor) -> None:
+    def _of_load(self, load: Tensor, experts: Tensor) -> _Columns:
         total = load.sum(1)
-        held = torch.full_like(total, torch.nan)
-        measured = {name: held.clone() for name in _OF_LOAD}
         counts = experts.tolist()
+        measured = torch.full((len(counts), len(_OF_LOAD)), torch.nan, dtype=torch.float64)
         # layers may differ in their number of experts, and shares are of those that there are
         for count in {round(n) for n in counts if n == n}:
             rows = [i for i, n in enumerate(counts) if n == n and round(n) == count]
             some = load[rows, :count]
-            for name, signal in _OF_LOAD.items():
-                measured[name][rows] = signal(some)
-        for i, most in enumerate(load.max(1).values.tolist()):
-            if most > 0:
-                held[i] = self._held(i + 1, load[i], most)
-        for name, value in (measured | {"largest_share_held": held}).items():
-            columns.add(name, value, total)
+            measured[rows] = torch.stack([signal(some) for signal in _OF_LOAD.values()], 1)
+        columns = dict(zip(_OF_LOAD, measured.unbind(1), strict=True))
+        most = enumerate(load.amax(1).tolist())
+        held = [self._held(i + 1, load[i], m) if m > 0 else torch.nan for i, m in most]
+        columns["largest_share_held"] = torch.tensor(held, dtype=torch.float64)
+        return {name: (values, total) for name, values in columns.items()}
 
     def _held(self, layer: int, load: Tensor, most: float) -> int:
         """For how many samples on end the most loaded expert has been the most loaded one."""
@@ -91,68 +91,35 @@ class RouterReader:
         return samples + 1
 
 
-class _Columns:
-    """Signals by name: values of all layers, and where there is one."""
+def _of_terms(sums: Tensor, upto: Tensor, entropy: Tensor, nats: Tensor) -> _Columns:
+    """Means and quantiles over tokens that not every sample has.
 
-    def __init__(self) -> None:
-        self._values: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def add(self, name: str, values: Tensor, count: Tensor) -> None:
-        """Add a signal: [layers] values and how much was counted for each, 0 for nothing."""
-        self._values[name], self._counts[name] = values, count
-
-    def readings(self) -> Readings:
-        """All signals that any layer has, with the layers that have it."""
-        names = list(self._values)
-        values = torch.stack([self._values[name] for name in names]).tolist()
-        # true for NaN: what is broken must not pass as empty
-        seen = (torch.stack([self._counts[name] for name in names]) != 0).tolist()
-        readings: Readings = {}
-        for name, row, there in zip(names, values, seen, strict=True):
-            if any(there):
-                readings[f"router/{name}"] = {
-                    i: [value] for i, (value, t) in enumerate(zip(row, there, strict=True), 1) if t
-                }
-        return readings
+    Args:
+        sums: [layers, 2 · len(SELDOM_TERMS)] of terms, and how many tokens have each.
+        upto: [layers, len(EDGES), BINS].
+        entropy, nats: [layers] mean entropy, and the most that it can be.
+    """
+    totals, counts = sums.chunk(2, 1)
+    pairs = zip((totals / counts).unbind(1), counts.unbind(1), strict=True)
+    columns = dict(zip(_OF_TERMS, pairs, strict=True))
+    margin, (mean, predicted) = columns["topk_margin"][1], columns["predicted_entropy"]
+    columns["prediction_gap"] = entropy - mean, predicted
+    of_kind = signals.quantile(upto, torch.stack([predicted, margin], 1), _EDGES, _QUANTILES)
+    for i, suffix in enumerate(_SUFFIXES):
+        nat = of_kind[:, 0, i] * nats
+        columns[f"routing_entropy_{suffix}"] = nat, predicted
+        columns[f"routing_entropy_normalised_{suffix}"] = nat / nats, predicted
+    columns["topk_margin_q05"] = of_kind[:, 1, 0], margin
+    return columns
 
 
-def _add_tokens(
-    columns: _Columns, fields: dict[str, Tensor], tokens: Tensor, experts: Tensor
-) -> None:
-    """Means and quantiles over tokens."""
-    sums = fields["sums"]
-    # every row of which is a term, or how many tokens have it
-    terms = {name: sums[:, _PLACE[name]] for name in _OF_TOKENS}
-    counts = {name: sums[:, _PLACE[f"{name}_tokens"]] for name in _OF_TOKENS}
-    for term, name in _OF_TOKENS.items():
-        columns.add(name, terms[term] / counts[term], counts[term])
-    entropy = columns["routing_entropy"]
-    predicted = counts["predicted_entropy"]  # of all tokens, or of none at most samples
-    columns.add("prediction_gap", entropy - columns["predicted_entropy"], predicted)
-    # of one expert there is no choice: 0 of 0 nats
-    nats = torch.where(experts > 1, experts.round().log(), torch.nan)
-    columns.add("routing_entropy_normalised", entropy / nats, tokens)
-    if not predicted.any():
-        return
-    found = _quantiles("entropy", fields["upto"], predicted, QUANTILES)
-    for suffix, share in found.items():
-        columns.add(f"routing_entropy_{suffix}", share * nats, predicted)
-        share = torch.where(experts > 1, share, torch.nan)
-        columns.add(f"routing_entropy_normalised_{suffix}", share, predicted)
-    margin = _quantiles("margin", fields["upto"], counts["margin"], MARGIN_QUANTILES)
-    for suffix, value in margin.items():
-        columns.add(f"topk_margin_{suffix}", value, counts["margin"])
-
-
-def _quantiles(
-    name: str, upto: Tensor, count: Tensor, quantiles: dict[str, float]
-) -> dict[str, Tensor]:
-    """Quantiles of every layer [layers], by suffix."""
-    of_kind = upto[:, list(EDGES).index(name)]
-    q = torch.tensor(list(quantiles.values()), dtype=torch.float64)
-    found = signals.quantile(of_kind, count, _EDGES[name], q)
-    return dict(zip(quantiles, found.unbind(-1), strict=True))
+def _readings(columns: _Columns) -> Readings:
+    """All signals that any layer has, with the layers that have it."""
+    values = torch.stack([values for values, _ in columns.values()]).tolist()
+    # true for NaN: what is broken must not pass as empty
+    seen = (torch.stack([count for _, count in columns.values()]) != 0).tolist()
+    return {
+        f"router/{name}": {i: [v] for i, (v, t) in enumerate(zip(row, there, strict=True), 1) if t}
+        for name, row, there in zip(columns, values, seen, strict=True)
+        if any(there)
+    }

@@ -20,11 +20,13 @@ from ..signals import router as signals
 from ..views import RouterView, RoutingRule
 from .router_tokens import TERMS, TokenTerms
 
+#: what only the samples have at which all is told
+SELDOM_TERMS = TERMS[1:]
 #: sums over tokens: of all tokens, of the number of experts once a token, of each term, and for
-#: each term the number of tokens that have it
-SUMS = ("tokens", "experts", *TERMS, *(f"{term}_tokens" for term in TERMS))
-#: those that every sample has
-ALWAYS = ("tokens", "experts", "entropy", "entropy_tokens")
+#: each term but the entropy, which all tokens have, the number of tokens that have it
+SUMS = ("tokens", "experts", *TERMS, *(f"{term}_tokens" for term in SELDOM_TERMS))
+#: the first so many of which every sample has
+ALWAYS = 3
 #: what quantiles are taken of, and the edges of the bins that it is counted in
 EDGES = {"entropy": signals.ENTROPY_EDGES, "margin": signals.MARGIN_EDGES}
 #: bytes of logits that wait on a rank for each kind of router, or one micro-batch if that is more
@@ -35,10 +37,10 @@ _Kind = tuple[torch.Size, bool, bool, bool]
 
 
 class Waiting:
-    """Micro-batches of one kind of router and one size, which wait to be looked at together.
+    """Micro-batches of one kind of router and one shape, which wait to be looked at together.
 
     Args:
-        shape: of a micro-batch's logits, [..., E]; others of that size are welcome, too.
+        shape: of a micro-batch's logits, [..., E].
         padded, biased, chosen: whether they come with padding masks, with an expert bias and with
             the host's choice.
     """
@@ -47,14 +49,13 @@ class Waiting:
         self,
         rule: RoutingRule,
         shape: torch.Size,
-        *,
         padded: bool,
         biased: bool,
         chosen: bool,
         device: torch.device,
     ) -> None:
         tokens, experts = shape[:-1].numel(), shape[-1]
-        self.rule, self.tokens = rule, tokens
+        self.rule, self.shape = rule, shape
         self.slots = max(1, WAITING_BYTES // (4 * tokens * experts))
         self._logits = torch.empty(self.slots, tokens, experts, device=device)
         self._padding = self._bias = self._chosen = None
@@ -86,20 +87,17 @@ class Waiting:
     ) -> bool:
         """Copy one micro-batch, as the hook got it; returns whether no other fits in."""
         slot = self.filled
-        target = self._slots[slot]
-        if logits.shape != target.shape:
-            logits = logits.reshape(target.shape)
-        target.copy_(logits)
+        self._slots[slot].copy_(logits.detach())
         if padding is not None:
             self._padding[slot].copy_(padding.flatten())
         if bias is not None:
-            self._bias[slot].copy_(bias)
+            self._bias[slot].copy_(bias.detach())
         if chosen is not None:
             self._chosen[slot].copy_(chosen.flatten(0, -2))
         if self._rows[slot] != row:
             self._index[slot] = self._rows[slot] = row
-        self.filled += 1
-        return self.filled == self.slots
+        self.filled = slot = slot + 1
+        return slot == self.slots
 
     def take(self) -> list[Tensor | None]:
         """What waited, each [n, ...]: rows, logits, padding, bias, chosen."""
@@ -116,7 +114,7 @@ class RouterSums:
         experts: the most experts that any layer has.
 
     Attributes:
-        whole: whether all is added up, or the entropies' sums only; not to be changed in between.
+        whole: whether all is added up, or the entropies' sums only; to be changed after ``clear``.
         sums: [routers, len(SUMS)] in the order of ``SUMS``.
         counts: of the entropy over ln E and of the margin, for quantiles.
         load: [routers, experts] how often an expert was chosen.
@@ -130,8 +128,9 @@ class RouterSums:
         self.load = torch.zeros(n, experts, dtype=torch.float64, device=device)
         self.counts = signals.QuantileCounts(n, len(EDGES), device)
         self._waiting: dict[tuple[RoutingRule, int, bool, bool, bool], Waiting] = {}
-        #: of each layer: the kind of its last micro-batch, and where such wait
-        self._last: dict[int, tuple[_Kind, Waiting]] = {}
+        #: of each layer: the kind of its last micro-batch, and where such wait, if they do
+        self._last: dict[int, tuple[_Kind | None, Waiting | None]]
+        self._last = dict.fromkeys(self._views, (None, None))
 
     @property
     def accumulator_bytes(self) -> int:
@@ -148,8 +147,9 @@ class RouterSums:
     def clear(self) -> None:
         """Forget everything that was added."""
         self.sums.zero_()
-        self.load.zero_()
-        self.counts.zero()
+        if self.whole:
+            self.load.zero_()
+            self.counts.zero()
         for waiting in self._waiting.values():
             waiting.filled = 0
 
@@ -165,15 +165,12 @@ class RouterSums:
         """
         row, view = self._views[layer]
         bias = None if view.bias is None else view.bias()
-        if bias is not None:
-            bias = bias.detach()
-        kind = (logits.shape, padding is None, bias is None, routing_map is None)
-        logits = logits.detach()
-        known, waiting = self._last.get(layer, (None, None))
+        kind = (logits.shape, padding is not None, bias is not None, routing_map is not None)
+        known, waiting = self._last[layer]
         if known != kind:
-            waiting = self._room(view.rule, logits, padding, bias, routing_map)
+            waiting = self._room(view.rule, kind, logits.device)
             self._last[layer] = kind, waiting
-        if waiting.tokens == logits.shape[:-1].numel():
+        if waiting is not None:
             if waiting.put(row, logits, padding, bias, routing_map):
                 self._look(waiting)
         else:
@@ -191,26 +188,14 @@ class RouterSums:
         for waiting in self._waiting.values():
             self._look(waiting)
 
-    def _room(
-        self,
-        rule: RoutingRule,
-        logits: Tensor,
-        padding: Tensor | None,
-        bias: Tensor | None,
-        chosen: Tensor | None,
-    ) -> Waiting:
-        comes = [t is not None for t in (padding, bias, chosen)]
-        kind = (rule, logits.shape[-1], *comes)
-        if kind not in self._waiting:
-            self._waiting[kind] = Waiting(
-                rule,
-                logits.shape,
-                padded=comes[0],
-                biased=comes[1],
-                chosen=comes[2],
-                device=logits.device,
-            )
-        return self._waiting[kind]
+    def _room(self, rule: RoutingRule, kind: _Kind, device: torch.device) -> Waiting | None:
+        """Where micro-batches of a kind wait; None where those of another shape do."""
+        shape, *comes = kind
+        key = (rule, shape[-1], *comes)
+        if key not in self._waiting:
+            self._waiting[key] = Waiting(rule, *kind, device)
+        waiting = self._waiting[key]
+        return waiting if waiting.shape == shape else None
 
     def _look(self, waiting: Waiting) -> None:
         if waiting.filled:
@@ -242,9 +227,10 @@ class RouterSums:
             self._add_sums(rows, tokens.terms, experts, size, kept)
             if not self.whole:
                 return
-            for kind, (bins, part) in self._bins(tokens.terms, experts).items():
-                bins = bins if padding is None else bins.masked_fill_(padding, torch.nan)
-                self.counts.add(rows, kind, bins, part)
+            bins, parts = self._bins(tokens.terms, experts)
+            if padding is not None:
+                bins.masked_fill_(padding, torch.nan)
+            self.counts.add(rows, bins, parts)
             if tokens.chosen is not None:
                 chosen = tokens.chosen if kept is None else tokens.chosen * kept
                 self.load[:, :experts].index_add_(0, rows, chosen.sum(-1).t().double())
@@ -253,26 +239,30 @@ class RouterSums:
         self, rows: Tensor, terms: dict[str, Tensor], experts: int, size: int, kept: Tensor | None
     ) -> None:
         """Add the sums over tokens of terms [n, T], of those that are ``kept`` [n, T]."""
-        values = torch.stack(list(terms.values()))
         if kept is None:
             tokens = torch.full_like(rows, size, dtype=torch.float64)
         else:
-            values.mul_(kept)
+            terms = {name: term * kept for name, term in terms.items()}
             tokens = kept.sum(-1, dtype=torch.float64)
-        columns = dict.fromkeys(SUMS, torch.zeros_like(tokens))
+        columns = {name: term.sum(-1, dtype=torch.float64) for name, term in terms.items()}
         columns |= {"tokens": tokens, "experts": experts * tokens}
-        columns |= dict(zip(terms, values.sum(-1, dtype=torch.float64), strict=True))
-        columns |= dict.fromkeys([f"{name}_tokens" for name in terms], tokens)
-        self.sums.index_add_(0, rows, torch.stack(list(columns.values()), 1))
+        names = SUMS[:ALWAYS]
+        if self.whole:
+            columns = dict.fromkeys(SUMS, torch.zeros_like(tokens)) | columns
+            columns |= {f"{name}_tokens": tokens for name in SELDOM_TERMS if name in terms}
+            names = SUMS
+        found = torch.stack([columns[name] for name in names], 1)
+        self.sums[:, : len(names)].index_add_(0, rows, found)
 
     @staticmethod
-    def _bins(terms: dict[str, Tensor], experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Where values lie, by number of what quantiles are taken of."""
+    def _bins(terms: dict[str, Tensor], experts: int) -> tuple[Tensor, Tensor]:
+        """Where values lie, [kinds, n, T] each, in the order of ``EDGES``, as far as there are."""
         nats = math.log(experts) if experts > 1 else 1.0
-        bins = [signals.entropy_bins(terms["entropy"] / nats)]
+        found = [signals.entropy_bins(terms["entropy"] / nats)]
         if "margin" in terms:
-            bins.append(signals.margin_bins(terms["margin"]))
-        return dict(enumerate(bins))
+            found.append(signals.margin_bins(terms["margin"]))
+        bins, parts = zip(*found, strict=True)
+        return torch.stack(bins), torch.stack(parts)
 
 
 def _experts_first(x: Tensor) -> Tensor:

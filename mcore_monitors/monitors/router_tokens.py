@@ -80,15 +80,16 @@ class TokenTerms:
             self.terms["margin"] = self._score(best[k - 1]) - self._score(best[k])
 
     def _choose(self, bias: Tensor | None) -> None:
-        """Choose as the host does, by scores and bias and within groups."""
+        """Choose as the host does, by scores and bias and within groups; and without the bias."""
         rule, k = self._rule, self._rule.top_k
-        bare = self._bare_scores()
-        compared, allowed = self._limited(bare if bias is None else bare + bias)
-        best = signals.best_values(compared, min(k + 1, allowed))
-        self.chosen = signals.choice_shares(compared, best, k)
+        compared = self._bare_scores().unsqueeze(1)
+        if bias is not None:
+            compared = compared + torch.stack([bias, torch.zeros_like(bias)], 1)
+        best, chosen = self._choices(compared, k + 1)
+        self.chosen = chosen[:, 0]
         self.terms["mixing_entropy"] = signals.mixing_entropy(self._weighed.log, self.chosen)
         if len(best) > k:
-            last, after = best[k - 1], best[k]
+            last, after = best[k - 1][0], best[k][0]
             if rule.chooses_by == "logits":  # compared by logits, told in scores
                 last, after = (
                     self._score(signals.log_scores(z, rule.score) - self._weighed.best)
@@ -96,39 +97,34 @@ class TokenTerms:
                 )
             self.terms["margin"] = last - after
         if bias is not None:
-            self._compare(bare)
+            self.terms["agreement"] = signals.bias_agreement(*chosen.unbind(1), k)
 
     def _take_choice(self, chosen: Tensor) -> None:
         """Take a choice that the host made by more than scores."""
+        k = self._rule.top_k
         self.chosen = chosen
         self.terms["mixing_entropy"] = signals.mixing_entropy(self._weighed.log, chosen)
-        if self._rule.top_k is not None:
-            self._compare(self._bare_scores())
+        if k is not None:
+            _, free = self._choices(self._bare_scores(), k)
+            self.terms["agreement"] = signals.bias_agreement(chosen, free, k)
 
-    def _compare(self, bare: Tensor) -> None:
-        """How much of the choice the bare scores alone would have made."""
-        k = self._rule.top_k
-        compared, _ = self._limited(bare)
-        free = signals.choice_shares(compared, signals.best_values(compared, k), k)
-        self.terms["agreement"] = signals.bias_agreement(self.chosen, free, k)
+    def _choices(self, scores: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
+        """The best ``count`` of scores [E, ...] within groups, as far as there are, and a map."""
+        rule, allowed = self._rule, scores.shape[0]
+        if rule.groups and rule.top_groups and rule.top_groups < rule.groups:
+            scores = signals.limit_groups(scores, rule.groups, rule.top_groups, rule.group_sum)
+            allowed = rule.top_groups * allowed // rule.groups
+        best = signals.best_values(scores, min(count, allowed))
+        return best, signals.choice_shares(scores, best, rule.top_k)
 
     def _bare_scores(self) -> Tensor:
         """What experts are compared by before the expert bias, [E, ...]."""
         if self._rule.chooses_by == "logits":
             return self._logits
-        return signals.scores(self._weighed, self._rule.score)
+        return signals.scores(self._logits, self._weighed, self._rule.score)
 
     def _score(self, log: Tensor) -> Tensor:
         """Scores of one expert of each token from ``ln s − max ln s``: normalised for softmax."""
         if self._rule.score == "softmax" or self._rule.chooses_by == "logits":
             return log.exp() / self._weighed.total
         return (log + self._weighed.best).exp_()
-
-    def _limited(self, scores: Tensor) -> tuple[Tensor, int]:
-        """Scores with those of barred groups taken out, and how many experts are left."""
-        rule, experts = self._rule, scores.shape[0]
-        if rule.groups is None or rule.top_groups is None or rule.top_groups >= rule.groups:
-            return scores, experts
-        limited = signals.limit_groups(scores, rule.groups, rule.top_groups, rule.group_sum)
-        return limited, rule.top_groups * experts // rule.groups
-

@@ -87,7 +87,7 @@ def test_replicas_share_the_work(size: int) -> None:
     own = [reduced([monitor], 10) for monitor in shared]
     for name in wanted:
         torch.testing.assert_close(sum(f[name] for f in own), wanted[name], rtol=1e-12, atol=0)
-    counts = [f["weights_count"].sum().item() for f in own]
+    counts = [f["weights"][:, -1].sum().item() for f in own]
     assert sum(counts) == 4
     assert max(counts) - min(counts) <= 1
 
@@ -107,7 +107,7 @@ def test_a_weight_that_is_gathered_is_read_by_all_and_counted_once() -> None:
         ranks.append(RouterMonitor(view, collective=True))
     fields = reduced(ranks, 10)
     assert calls == [(rank, layer) for rank in range(3) for layer in (1, 2)]
-    assert fields["weights_count"].tolist() == [[1], [1]]
+    assert fields["weights"][:, -1].tolist() == [1, 1]
     assert ranks[0].collective
 
 
@@ -137,9 +137,9 @@ def test_logits_of_a_graph_are_left_alone() -> None:
 
 
 def test_memory_of_a_layer() -> None:
-    """14 sums, 129 counts of two kinds in two parts, a load; what waits is shared by all layers."""
+    """13 sums, 129 counts of two kinds in two parts, a load; what waits is shared by all layers."""
     monitor = RouterMonitor(routed())
-    assert monitor.bytes_per_layer == 8 * (14 + 2 * 2 * 129 + E)
+    assert monitor.bytes_per_layer == 8 * (13 + 2 * 2 * 129 + E)
     assert monitor.waiting_bytes == 0
     for layer in (1, 2):
         monitor.on_logits(layer, logits(64, 2, E))

@@ -79,7 +79,7 @@ def test_router(cuda, score):
     stays_on_card(router.routing_entropy(weighed), 32)
     stays_on_card(router.predicted_entropy(weighed), 32)
     stays_on_card(router.squared_logsumexp(weighed), 32)
-    bare = router.scores(weighed, score)
+    bare = router.scores(logits.float(), weighed, score)
     stays_on_card(router.choose(bare.t(), 3, groups=4, top_groups=2, group_sum=2)[0], 32, 4)
     limited = router.limit_groups(bare, 4, 2, 2)
     best = router.best_values(limited, 4)
@@ -89,8 +89,8 @@ def test_router(cuda, score):
     stays_on_card(router.mixing_entropy(weighed.log, chosen), 32)
     stays_on_card(router.bias_agreement(chosen, chosen, 3), 32)
     counts = router.QuantileCounts(2, 2, torch.device("cuda"))
-    for kind, bins in enumerate((router.entropy_bins, router.margin_bins)):
-        counts.add(cuda(2, dtype=torch.int64), kind, *bins(cuda(2, 32)))
+    for bins in (router.entropy_bins, router.margin_bins):
+        counts.add(cuda(2, dtype=torch.int64), *bins(cuda(2, 2, 32)))
     stays_on_card(counts.upto(), 2, 2, 128)
     edges = cuda(129, dtype=torch.float64)
     stays_on_card(router.quantile(counts.upto(), cuda(2, 2), edges, 0.5), 2, 2)

@@ -61,7 +61,8 @@ def test_entropy_at_its_ends():
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_against_a_loop(score):
     z = logits(4, E)
-    for got, row in zip(scores(weighed(z, score), score).t(), z.tolist(), strict=True):
+    bare = scores(z.t(), weighed(z, score), score)
+    for got, row in zip(bare.t(), z.tolist(), strict=True):
         weights = [weight(x, score) for x in row]
         total = sum(weights) if score == "softmax" else 1.0
         assert got.tolist() == pytest.approx([w / total for w in weights], rel=1e-5)
@@ -88,6 +89,18 @@ def test_far_negative_scores_keep_their_ratios():
     far = torch.full((1, E), -200.0)  # σ(−200) is zero in float32, the ratios are not
     for score in SCORES:
         assert entropy(far, score).item() == pytest.approx(math.log(E), rel=1e-6)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus"])
+def test_logarithms_over_the_whole_range(score):
+    """Where the score is nothing in float32, where it is one, and in between."""
+    z = torch.linspace(-300, 60, 3601)
+    exact = torch.nn.functional.logsigmoid(z.double())
+    if score == "sqrtsoftplus":
+        softplus = -torch.nn.functional.logsigmoid(-z.double())
+        exact = softplus.log() / 2
+    wanted = exact.where(exact.isfinite(), z.double() / 2)
+    torch.testing.assert_close(log_scores(z, score).double(), wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_unknown_score():

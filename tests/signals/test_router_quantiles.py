@@ -21,7 +21,7 @@ def upto(values, edges, parts=1):
     """Counts of several shares of the values, as micro-batches give them."""
     counts = QuantileCounts(1, 1, torch.device("cpu"))
     for part in values.chunk(parts):
-        counts.add(torch.tensor([0]), 0, *BINS[edges](part.unsqueeze(0)))
+        counts.add(torch.tensor([0]), *BINS[edges](part.view(1, 1, -1)))
     return counts.upto()[0, 0]
 
 
@@ -134,12 +134,23 @@ def test_several_quantiles_at_once():
     assert got[1].isnan().all()
 
 
+def test_every_row_may_have_edges_of_its_own():
+    values, q = uniform(500), torch.tensor([0.1, 0.9], dtype=torch.float64)
+    counts = torch.stack([upto(values, edges) for edges in BINS])
+    edges = torch.tensor(list(BINS), dtype=torch.float64)
+    got = quantile(counts, torch.tensor([500.0, 500.0]), edges, q)
+    for row, name in zip(got, BINS, strict=True):
+        assert row.tolist() == [quantiles(values, name, x) for x in (0.1, 0.9)]
+
+
 def test_rows_and_kinds_are_apart():
     counts = QuantileCounts(3, 2, torch.device("cpu"))
-    bins = torch.tensor([[5.0, 5.0], [7.0, 7.0]])
-    counts.add(torch.tensor([2, 0]), 1, bins, torch.zeros(2, 2))
+    first, second = torch.full((2, 2), 3.0), torch.tensor([[5.0, 5.0], [7.0, 7.0]])
+    counts.add(torch.tensor([2, 0]), torch.stack([first, second]), torch.zeros(2, 2, 2))
+    counts.add(torch.tensor([1]), first[None, :1], torch.zeros(1, 1, 2))
     got = counts.upto()[..., -1]
-    assert got.tolist() == [[0, 2], [0, 0], [0, 2]]
+    assert got.tolist() == [[2, 2], [2, 0], [2, 2]]
+    assert counts.upto()[2, 0].tolist() == [0.0] * 4 + [2.0] * 124
     assert counts.upto()[2, 1].tolist() == [0.0] * 6 + [2.0] * 122
     counts.zero()
     assert not counts.upto().any()

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .entropy import BARRED, routing_entropy, weigh
 
+#: exp of it is the least normal float32, as good as nothing beside 1
+_FARTHEST = -87.0
+
 
 @torch.no_grad()
 def best_values(scores: Tensor, count: int) -> list[Tensor]:
@@ -38,27 +41,27 @@ def best_values(scores: Tensor, count: int) -> list[Tensor]:
         merged = _merge([x[:half] for x in lists], [x[half : 2 * half] for x in lists], count)
         if n % 2:  # one list is left over; the others are longer by now
             rest = [x[2 * half :] for x in lists]
-            nothing = torch.full_like(rest[0], -torch.inf)
-            rest += [nothing] * (len(merged) - len(rest))
+            rest += [rest[0] - torch.inf] * (len(merged) - len(rest))  # NaN stays NaN
             merged = [torch.cat(pair) for pair in zip(merged, rest, strict=False)]
         lists = merged
     return [x.squeeze(0) for x in lists[: scores.shape[0]]]
 
 
 def _merge(left: list[Tensor], right: list[Tensor], count: int) -> list[Tensor]:
-    """The first ``count`` of two sorted lists, which are of one length."""
-    merged = []
-    for m in range(1, min(count, 2 * len(left)) + 1):
-        # the m-th of both: the largest of min(i-th here, j-th there) with i + j = m
-        best = None
-        for i in range(max(0, m - len(right)), min(m, len(left)) + 1):
-            if i == 0 or i == m:
-                found = (right if i == 0 else left)[m - 1]
-            else:
-                found = torch.minimum(left[i - 1], right[m - i - 1])
-            best = found if best is None else torch.maximum(best, found)
-        merged.append(best)
-    return merged
+    """The first ``count`` of two falling lists: Batcher's odd-even merge (Knuth, TAOCP 5.3.4)."""
+    if not (left and right and count):
+        return (left + right)[:count]
+    if len(left) == len(right) == 1:
+        merged, odd, even = [], left, right
+    else:
+        first, *even = _merge(left[::2], right[::2], count // 2 + 1)
+        merged, odd = [first], _merge(left[1::2], right[1::2], count // 2)
+    n = min(len(odd), len(even))
+    for x, y in zip(odd[:n], even[:n], strict=True):
+        merged.append(torch.maximum(x, y))
+        if len(merged) < count:
+            merged.append(torch.minimum(x, y))
+    return (merged + odd[n:] + even[n:])[:count]
 
 
 @torch.no_grad()
@@ -97,10 +100,8 @@ def choice_shares(scores: Tensor, best: Sequence[Tensor], k: int) -> Tensor:
         last p places each has p/q.
     """
     last = best[k - 1]
+    above = (torch.stack(list(best[:k])) - last).sign_().sum(0)
     side = (scores - last).sign_()  # 1 above it, 0 where it is, −1 below
-    above = torch.zeros_like(last)
-    for value in best[: k - 1]:
-        above += (value - last).sign_()
     # the sum of the sides is above − below, and above + tied + below is all
     tied = side.sum(0).add_(scores.shape[0]).sub_(above, alpha=2)
     share = (k - above).div_(tied)
@@ -123,14 +124,15 @@ def mixing_entropy(log_scores: Tensor, chosen: Tensor | None = None) -> Tensor:
     """
     if chosen is None:
         return routing_entropy(weigh(log_scores))
-    barred = (chosen.sign() - 1).mul_(-BARRED)
-    log, weight, best, _ = weigh(log_scores + barred)
-    weight = weight * chosen
+    # relative to the best that is chosen; exp is slow on a CPU where nothing is left of its result
+    log = torch.add(log_scores, chosen.sign().sub_(1), alpha=-BARRED)
+    log.sub_(log.amax(0)).clamp_min_(_FARTHEST)
+    weight = log.exp().mul_(chosen)
     total = weight.sum(0)
     # nobody is chosen: 0 = ln 1 − 0
     somewhere = total.sign()
     total = total + (1 - somewhere)
-    return total.log() - (weight * log).sum(0) / total
+    return total.log() - log.mul_(weight).sum(0) / total
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def weight_similarity(weight: Tensor) -> Tensor:
-    """Mean cosine between the rows of different experts, (E‖mean_i ŵ_i‖² − 1)/(E − 1) (Eq 7).
+    """Mean cosine between the rows of different experts, (‖Σ_i ŵ_i‖² − E)/(E² − E) (Eq 7).
 
     The closed form costs E·D instead of E²·D. float64, because for many experts the healthy value
     is close to zero and comes out as a difference of numbers near one.
@@ -25,10 +25,10 @@ def weight_similarity(weight: Tensor) -> Tensor:
     w = weight.double()
     experts = w.shape[-2]
     unit = w / torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    squared = unit.mean(-2).square().sum(-1)
+    squared = unit.sum(-2).square().sum(-1)
     if experts == 1:
         return torch.full_like(squared, torch.nan)
-    return (experts * squared - 1) / (experts - 1)
+    return (squared - experts) / (experts * (experts - 1))
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def centred_conditioning(weight: Tensor) -> Tensor:
     w = weight.double()
     mean = w.mean(-2, keepdim=True)
     spread = torch.linalg.vector_norm(w - mean, dim=-1).amax(-1)
-    return spread / torch.linalg.vector_norm(mean, dim=-1).squeeze(-1)
+    return spread / torch.linalg.vector_norm(mean, dim=(-2, -1))
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ class QuantileCounts:
         shape = (rows, kinds, BINS + 1)
         self._whole = torch.zeros(shape, dtype=torch.int64, device=device)
         self._parts = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._kinds = torch.arange(kinds, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -89,18 +90,18 @@ class QuantileCounts:
         self._parts.zero_()
 
     @torch.no_grad()
-    def add(self, rows: Tensor, kind: int, bins: Tensor, part: Tensor) -> None:
+    def add(self, rows: Tensor, bins: Tensor, parts: Tensor) -> None:
         """Count values.
 
         Args:
-            rows: [n] int64, rows of ``values``.
-            kind: which kind they are.
-            bins, part: [n, T], of :func:`entropy_bins` or :func:`margin_bins`; NaN for what lies
-                beyond all edges or does not count.
+            rows: [n] int64, rows of the values.
+            bins, parts: [kinds, n, T], of :func:`entropy_bins` or :func:`margin_bins`, of the first
+                ``kinds`` kinds; NaN for what lies beyond all edges or does not count.
         """
+        cells = rows * self._whole.shape[1] + self._kinds[: len(bins)].unsqueeze(1)  # [kinds, n]
         bins = bins.nan_to_num(nan=BINS).long()
-        at = (bins + ((rows * self._whole.shape[1] + kind) * (BINS + 1)).unsqueeze(1)).view(-1)
-        parts = part.nan_to_num(nan=0.0).clamp_(0, 1).mul_(_UNIT).long().view(-1)
+        at = bins.add_((cells * (BINS + 1)).unsqueeze(-1)).view(-1)
+        parts = parts.nan_to_num(nan=0.0).clamp_(0, 1).mul_(_UNIT).long().view(-1)
         self._whole.view(-1).scatter_add_(0, at, torch.ones_like(at))
         self._parts.view(-1).scatter_add_(0, at, parts)
 
@@ -125,7 +126,7 @@ def quantile(upto: Tensor, count: Tensor, edges: Tensor, q: Tensor | float) -> T
     Args:
         upto: [..., bins], sums of :meth:`QuantileCounts.upto` over ranks and micro-batches.
         count: [...] number of values.
-        edges: [bins + 1] float64, rising.
+        edges: [bins + 1] float64, rising; or [..., bins + 1].
         q: between 0 and 1; one, or [n].
 
     Returns:
@@ -138,9 +139,10 @@ def quantile(upto: Tensor, count: Tensor, edges: Tensor, q: Tensor | float) -> T
     # half of what counts at an edge lies on either side of it
     middle = (upto[..., 1:] + upto[..., :-1]) / 2
     wanted = several.reshape(-1) * count
-    right = torch.searchsorted(middle, wanted).clamp_(1, edges.numel() - 1)
-    under, over = middle.gather(-1, right - 1), middle.gather(-1, right)
-    part = ((wanted - under) / (over - under)).clamp(0, 1)
-    value = edges[right - 1] + part * (edges[right] - edges[right - 1])
+    right = torch.searchsorted(middle, wanted).clamp_(1, edges.shape[-1] - 1)
+    left, edges = right - 1, edges.expand_as(middle)
+    under, over = middle.gather(-1, left), middle.gather(-1, right)
+    below, above = edges.gather(-1, left), edges.gather(-1, right)
+    value = below + ((wanted - under) / (over - under)).clamp_(0, 1) * (above - below)
     value = torch.where(count > 0, value, torch.nan)
     return value if several.dim() else value.squeeze(-1)
