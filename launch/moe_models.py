@@ -110,7 +110,7 @@ def rotate(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
     """Turn x [B, heads, S, head size] by the angles of its positions."""
     cosine, sine = places
     first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat((-second, first), dim=-1) * sine
+    return (x * cosine + torch.cat((-second, first), dim=-1) * sine).to(x.dtype)
 
 
 class Layer(nn.Module):

@@ -38,3 +38,9 @@ def test_what_writes_to_the_residual_stream_begins_small():
     assert len(found[True]) == LAYERS * (1 + 8)
     for writes, expected in ((True, DEVIATION / (2 * LAYERS) ** 0.5), (False, DEVIATION)):
         assert found[writes] == pytest.approx([expected] * len(found[writes]), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotated_queries_keep_the_format_of_the_values(dtype: torch.dtype):
+    x = torch.randn(1, 2, 5, WIDTH // HEADS).to(dtype)
+    assert rotate(x, rotary(5)).dtype == dtype
