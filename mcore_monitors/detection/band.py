@@ -45,9 +45,8 @@ import numpy as np
 
 from mcore_monitors.catalogue import SIGNALS, base_name, is_judged
 from mcore_monitors.detection.alarm import Alarm
-from mcore_monitors.detection.cells import LEAST_POOL, Cells
+from mcore_monitors.detection.cells import LEAST_POOL, Cells, Place
 from mcore_monitors.detection.config import DetectionConfig
-from mcore_monitors.detection.transforms import scale_of
 from mcore_monitors.sample import Sample
 
 #: Fall of the learning rate between two samples that starts a new reference.
@@ -59,8 +58,10 @@ class BandRule:
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
-        #: (signal, whether they are means over layers) to cells that are judged together
+        #: (side that is watched, whether they are means over layers) to cells judged together
         self._cells: dict[tuple[str, bool], list[Cells]] = {}
+        #: signal to the side on which it is watched here, None where it is not
+        self._watched: dict[str, str | None] = {}
         self._learning_rate: float | None = None
         self.judged: set[str] = set()
         """Signals (without windows) that have been judged so far."""
@@ -70,66 +71,73 @@ class BandRule:
         if sample.iteration < self.config.warmup:
             return []
         self._watch_learning_rate(sample.learning_rate)
-        alarms: list[Alarm] = []
+        by_side: dict[str, dict[Place, Sequence[float]]] = {}
         for signal in sorted(sample.signals):
-            info = SIGNALS.get(base_name(signal))
-            if not is_judged(signal, self.config.windows) or info.watch == "limit":
-                continue
-            layers = sample.signals[signal]
-            raised: list[Alarm] = []
-            means: dict[int, list[float]] = {}
-            least: dict[int, float] = {}
-            for cells in self._together(signal, layers, whole=False):
-                values = np.array([layers[layer] for layer in cells.layers], dtype=float)
-                raised += cells.update(sample.iteration, values.ravel())
-                self._note(cells)
+            side = self._side(signal)
+            if side is not None:
+                layers, places = sample.signals[signal], by_side.setdefault(side, {})
+                for layer in sorted(layers):
+                    places[signal, layer] = layers[layer]
+        alarms: list[Alarm] = []
+        for side, places in by_side.items():
+            means: dict[Place, list[float]] = {}
+            least: dict[Place, float] = {}
+            for cells in self._together(side, places, whole=False):
+                values = np.array([places[place] for place in cells.places], dtype=float)
+                alarms += cells.update(sample.iteration, values.ravel())
+                self.judged |= cells.judged
                 if cells.units >= LEAST_POOL:
-                    means |= _means(cells, values)
+                    means |= cells.means(values)
                     independent = (cells.pooled / cells.units**0.5).tolist()
-                    least |= dict(zip(cells.layers, independent, strict=True))
-            for cells in self._together(signal, means, whole=True):
-                values = np.array([means[layer][0] for layer in cells.layers])
-                floor = np.array([least[layer] for layer in cells.layers])
-                raised += cells.update(sample.iteration, values, floor)
-                self._note(cells)
-            alarms += sorted(raised, key=lambda alarm: alarm.layer)
-        return alarms
+                    least |= dict(zip(cells.places, independent, strict=True))
+            for cells in self._together(side, means, whole=True):
+                values = np.array([means[place][0] for place in cells.places])
+                floor = np.array([least[place] for place in cells.places])
+                alarms += cells.update(sample.iteration, values, floor)
+                self.judged |= cells.judged
+        return sorted(alarms, key=lambda alarm: (alarm.signal, alarm.layer))
+
+    def _side(self, signal: str) -> str | None:
+        if signal not in self._watched:
+            info = SIGNALS.get(base_name(signal))
+            here = is_judged(signal, self.config.windows) and info.watch != "limit"
+            self._watched[signal] = info.watch if here else None
+        return self._watched[signal]
 
     def _together(
-        self, signal: str, layers: Mapping[int, Sequence[float]], *, whole: bool
+        self, side: str, places: Mapping[Place, Sequence[float]], *, whole: bool
     ) -> list[Cells]:
         """The cells of a sample, in as few groups as can be.
 
-        Layers that were always read together are one group. Where only some of them are read, or
-        one with another number of units, each goes on by itself; no time passes for the others.
+        Places that were always read together are one group. Where only some of them are read, or
+        one with another number of units, these go on by themselves; no time passes for the others.
         """
-        sizes = {layer: len(layers[layer]) for layer in sorted(layers)}
-        groups = self._cells.setdefault((signal, whole), [])
-        if len(groups) == 1 and sizes == dict.fromkeys(groups[0].layers, groups[0].units):
+        sizes = {place: len(values) for place, values in places.items()}
+        groups = self._cells.setdefault((side, whole), [])
+        if len(groups) == 1 and sizes == groups[0].sizes:
             return groups
         kept: list[Cells] = []
         for group in groups:
-            here = [layer in sizes for layer in group.layers]
-            same = [sizes.get(layer, group.units) == group.units for layer in group.layers]
-            whole_group = all(same) and (all(here) or not any(here))
-            parts = [group] if whole_group or len(here) == 1 else group.apart()
-            # a layer with another number of units begins anew
-            kept += [p for p in parts if sizes.get(p.layers[0], p.units) == p.units]
-        known = {layer for group in kept for layer in group.layers}
-        for units in sorted({size for layer, size in sizes.items() if layer not in known}):
-            new = [layer for layer, n in sizes.items() if n == units and layer not in known]
-            kept.append(Cells(signal, new, units, self.config, whole=whole))
-        self._cells[signal, whole] = kept
-        return [group for group in kept if group.layers[0] in sizes]
-
-    def _note(self, cells: Cells) -> None:
-        if cells.judged:
-            self.judged.add(cells.info.name)
+            here = {place for place in group.places if sizes.get(place) == group.units}
+            away = {place for place in group.places if place not in sizes}
+            # a place with another number of units begins anew
+            for some in (here, away):
+                if len(some) == len(group.places):
+                    kept.append(group)
+                elif some:
+                    kept.append(group.part(some))
+        known = {place for group in kept for place in group.places}
+        for units in sorted({size for place, size in sizes.items() if place not in known}):
+            new = [place for place, n in sizes.items() if n == units and place not in known]
+            kept.append(Cells(new, units, self.config, whole=whole))
+        self._cells[side, whole] = kept
+        return [group for group in kept if group.places[0] in sizes]
 
     def active(self) -> list[Alarm]:
         """Return the alarms whose cell has not been calm for ``2 × sustain`` samples yet."""
         groups = (cells for group in self._cells.values() for cells in group)
-        return [alarm for cells in groups for alarm in cells.raised.values()]
+        alarms = (alarm for cells in groups for alarm in cells.raised.values())
+        return sorted(alarms, key=lambda alarm: alarm.signal)
 
     def _watch_learning_rate(self, now: float | None) -> None:
         before = self._learning_rate
@@ -141,16 +149,3 @@ class BandRule:
                 for cells in group:
                     cells.forget_all()
 
-
-def _means(cells: Cells, values: np.ndarray) -> dict[int, list[float]]:
-    """Mean over each layer's units on the transformed scale, where all have a reading.
-
-    Args:
-        values: [layers, units].
-    """
-    scale = scale_of(cells.info.name)
-    return {
-        layer: [scale.inverse(float(scale.forward(row).mean()))]
-        for layer, row in zip(cells.layers, values, strict=True)
-        if np.isfinite(row).all()
-    }

@@ -6,11 +6,12 @@ What the numbers are for is told in :mod:`.band`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import groupby
 
 import numpy as np
 
-from mcore_monitors.catalogue import SIGNALS, SignalInfo, base_name
+from mcore_monitors.catalogue import SIGNALS, base_name
 from mcore_monitors.detection.alarm import CRITICAL, WARNING, Alarm
 from mcore_monitors.detection.config import LEAST_REFERENCE, DetectionConfig
 from mcore_monitors.detection.transforms import scale_of
@@ -26,45 +27,54 @@ _READAPT = 5
 #: A router signal is critical only this many thresholds away.
 _ROUTER_CRITICAL = 3.0
 
+#: (signal, layer): cells of one place share their spread
+Place = tuple[str, int]
+
 
 def _median(rows: np.ndarray) -> np.ndarray:
     """Return [n]: the median of each row of [n, samples], NaN left out; NaN for an empty row.
 
     ``np.nanmedian`` does the same fifty times slower on arrays as small as these.
     """
-    count = np.isfinite(rows).sum(axis=1)
-    ordered = np.sort(rows, axis=1)
-    row = np.arange(len(rows))
+    ordered = rows.copy()
+    ordered.sort(axis=1)  # NaN comes last
     last = rows.shape[1] - 1
+    if not np.isnan(ordered[:, last]).any():
+        return (ordered[:, last // 2] + ordered[:, (last + 1) // 2]) / 2
+    count = np.isfinite(rows).sum(axis=1)
+    row = np.arange(len(rows))
     low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, last)
     return (ordered[row, low] + ordered[row, high]) / 2
 
 
 class Cells:
-    """Cells of one signal in layers that have equally many units.
+    """Cells of places that have equally many units and are watched on the same side.
 
-    Arrays have shape [cells]: the units of the first layer, those of the second, and so on.
+    Arrays have shape [cells]: the units of the first place, those of the second, and so on.
 
     Args:
-        layers: layer numbers.
-        units: cells of each layer.
+        places: signals in layers; those of one signal follow one another.
+        units: cells of each place.
         whole: whether the cells are means over layers.
     """
 
     def __init__(
         self,
-        signal: str,
-        layers: Sequence[int],
+        places: Sequence[Place],
         units: int,
         config: DetectionConfig,
         *,
         whole: bool = False,
     ) -> None:
-        self.signal, self.layers, self.units = signal, tuple(layers), units
+        self.places, self.units = tuple(places), units
+        self.sizes = dict.fromkeys(self.places, units)
         self.config, self.whole = config, whole
-        self.info: SignalInfo = SIGNALS[base_name(signal)]
-        self.scale = scale_of(self.info.name)
-        n = len(self.layers) * units
+        self._infos = [SIGNALS[base_name(signal)] for signal, _ in self.places]
+        self._scales = [scale_of(info.name) for info in self._infos]
+        self._watch = self._infos[0].watch
+        self._floor = np.array([scale.floor for scale in self._scales])
+        self._least = np.array([scale.least for scale in self._scales]).repeat(units)
+        n = len(self.places) * units
         self.reference = np.full((n, config.reference), np.nan)
         self.medians = np.full((n, _MEMORY * config.reference), np.nan)
         self.spreads = np.full_like(self.medians, np.nan)
@@ -75,29 +85,45 @@ class Cells:
         self.away = np.zeros(n, dtype=int)
         self.calm = np.zeros(n, dtype=int)
         self.raised: dict[int, Alarm] = {}
-        self.judged = False
-        #: spread that the units of each layer share; 0 where too few are judged
-        self.pooled = np.zeros(len(self.layers))
+        #: signals (without windows) of cells that have been judged
+        self.judged: set[str] = set()
+        #: spread that the units of each place share; 0 where too few are judged
+        self.pooled = np.zeros(len(self.places))
 
-    def apart(self) -> list[Cells]:
-        """The same cells, those of each layer by themselves."""
-        parts = []
-        for place, layer in enumerate(self.layers):
-            part = Cells(self.signal, [layer], self.units, self.config, whole=self.whole)
-            rows = slice(place * self.units, (place + 1) * self.units)
-            for name in (
-                "reference", "medians", "spreads", "side", "streak", "onset", "away", "calm",
-            ):  # fmt: skip
-                setattr(part, name, getattr(self, name)[rows].copy())
-            part.waiting.extend((level[rows], admitted[rows]) for level, admitted in self.waiting)
-            part.raised = {
-                cell - rows.start: alarm
-                for cell, alarm in self.raised.items()
-                if rows.start <= cell < rows.stop
-            }
-            part.judged, part.pooled = self.judged, self.pooled[place : place + 1].copy()
-            parts.append(part)
-        return parts
+    def part(self, places: Collection[Place]) -> Cells:
+        """A copy of the cells of some places."""
+        kept = [i for i, place in enumerate(self.places) if place in places]
+        part = Cells([self.places[i] for i in kept], self.units, self.config, whole=self.whole)
+        rows = [i * self.units + unit for i in kept for unit in range(self.units)]
+        for name in (
+            "reference", "medians", "spreads", "side", "streak", "onset", "away", "calm",
+        ):  # fmt: skip
+            setattr(part, name, getattr(self, name)[rows])
+        part.waiting.extend((level[rows], admitted[rows]) for level, admitted in self.waiting)
+        part.raised = {
+            i: self.raised[cell] for i, cell in enumerate(rows) if cell in self.raised
+        }
+        part.judged, part.pooled = set(self.judged), self.pooled[kept]
+        return part
+
+    def levels(self, values: np.ndarray) -> np.ndarray:
+        """Values [places, units] on the scales of their signals."""
+        parts, upto = [], 0
+        for forward, alike in groupby(self._scales, key=lambda scale: scale.forward):
+            first, upto = upto, upto + len(list(alike))
+            parts.append(forward(values[first:upto]))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def means(self, values: np.ndarray) -> dict[Place, list[float]]:
+        """Mean over each place's units on the transformed scale, where all have a reading.
+
+        Args:
+            values: [places, units].
+        """
+        read = np.isfinite(values).all(axis=1)
+        levels = self.levels(np.where(read[:, None], values, 1.0)).mean(axis=1).tolist()
+        rows = zip(self.places, self._scales, levels, read.tolist(), strict=True)
+        return {place: [scale.inverse(level)] for place, scale, level, whole in rows if whole}
 
     def forget(self, cells: np.ndarray) -> None:
         """Start the reference of ``cells`` ([cells] bool) anew and end their streaks."""
@@ -121,26 +147,25 @@ class Cells:
         """Return (level, median, spread, judged), each [cells], of the reference.
 
         Args:
-            least: [layers] the spread is never below this.
+            least: [places] the spread is never below this.
         """
         judged = np.isfinite(self.reference).sum(axis=1) >= LEAST_REFERENCE
         median = _median(self.reference)
         spread = _MAD_TO_SIGMA * _median(np.abs(self.reference - median[:, None]))
-        floor = np.maximum(least, self.scale.floor)
+        floor = np.maximum(least, self._floor)
         if self.units >= LEAST_POOL:
             usable = judged.reshape(-1, self.units)
             of_judged = np.where(usable, spread.reshape(-1, self.units), np.nan)
             pool = usable.sum(axis=1) >= LEAST_POOL
             self.pooled = np.where(pool, _median(of_judged), 0.0)
             floor = np.maximum(floor, self.pooled)
-        floor = np.broadcast_to(floor, len(self.layers)).repeat(self.units)
-        spread = np.maximum(spread, floor)
-        if self.info.watch == "both":
+        spread = np.maximum(spread, floor.repeat(self.units))
+        if self._watch == "both":
             return median, median, spread, judged
         for memory, now in ((self.medians, median), (self.spreads, spread)):
             memory[:, :-1] = memory[:, 1:]
             memory[:, -1] = np.where(judged, now, np.nan)
-        best = np.fmax if self.info.watch == "low" else np.fmin
+        best = np.fmax if self._watch == "low" else np.fmin
         spread = np.fmax(spread, _median(self.spreads))
         return best.reduce(self.medians, axis=1), median, spread, judged
 
@@ -151,22 +176,23 @@ class Cells:
 
         Args:
             values: [cells], NaN for no reading.
-            least: [layers] the spread is never below this.
+            least: [places] the spread is never below this.
 
         Returns:
             The alarms that the sample raised.
         """
         config = self.config
         finite = np.isfinite(values)
-        level = self.scale.forward(np.where(finite, values, 1.0))
+        read = np.where(finite, values, 1.0).reshape(-1, self.units)
+        level = self.levels(read).ravel()
         centre, median, spread, judged = self.band(least)
         judged &= finite
-        self.judged |= bool(judged.any())
+        self._note(judged)
         z = np.where(judged, (level - centre) / spread, 0.0)
         from_median = z if median is centre else np.where(judged, (level - median) / spread, 0.0)
         side = np.sign(z)
         outside = self._strays(z)
-        large = np.abs(level - np.where(judged, centre, level)) > self.scale.least
+        large = np.abs(level - np.where(judged, centre, level)) > self._least
         beyond = outside & large & (np.abs(z) > config.threshold)
 
         returned = judged & (~outside | (side != self.side))
@@ -187,9 +213,16 @@ class Cells:
             self.forget(settled)
         return alarms
 
+    def _note(self, judged: np.ndarray) -> None:
+        """Keep the signals of which a cell is judged."""
+        of_places = judged.reshape(-1, self.units).any(axis=1).tolist()
+        self.judged.update(
+            info.name for info, here in zip(self._infos, of_places, strict=True) if here
+        )
+
     def _strays(self, z: np.ndarray) -> np.ndarray:
         """Whether scores [cells] lie more than half the threshold off, on the watched side."""
-        watch = self.info.watch
+        watch = self._watch
         far = -z if watch == "low" else z if watch == "high" else np.abs(z)
         return far > self.config.threshold / 2
 
@@ -203,7 +236,7 @@ class Cells:
     ) -> list[Alarm]:
         alarms = []
         for cell in map(int, np.flatnonzero(self.streak >= self.config.sustain)):
-            severity = self._severity(float(z[cell]))
+            severity = self._severity(cell, float(z[cell]))
             before = self.raised.get(cell)
             if before is not None and (before.severity == CRITICAL or severity == WARNING):
                 continue
@@ -213,8 +246,8 @@ class Cells:
             alarms.append(alarm)
         return alarms
 
-    def _severity(self, z: float) -> str:
-        if not self.info.name.startswith("router/"):
+    def _severity(self, cell: int, z: float) -> str:
+        if not self._infos[cell // self.units].name.startswith("router/"):
             return CRITICAL
         return CRITICAL if abs(z) > _ROUTER_CRITICAL * self.config.threshold else WARNING
 
@@ -228,15 +261,17 @@ class Cells:
         spread: float,
         z: float,
     ) -> Alarm:
-        reach = max(self.config.threshold * spread, self.scale.least)
-        watch, inverse = self.info.watch, self.scale.inverse
+        place = cell // self.units
+        (signal, layer), scale = self.places[place], self._scales[place]
+        reach = max(self.config.threshold * spread, scale.least)
+        watch, inverse = self._watch, scale.inverse
         low = inverse(centre - reach) if watch in ("low", "both") else None
         high = inverse(centre + reach) if watch in ("high", "both") else None
         edge = f"below {low:.3g}" if z < 0 else f"above {high:.3g}"
         return Alarm(
-            signal=self.signal,
-            layer=self.layers[cell // self.units],
-            unit=None if self.whole or self.info.unit == "layer" else cell % self.units,
+            signal=signal,
+            layer=layer,
+            unit=None if self.whole or self._infos[place].unit == "layer" else cell % self.units,
             iteration=iteration,
             onset_iteration=int(self.onset[cell]),
             severity=severity,

@@ -1,4 +1,4 @@
-"""Layers that are judged together are judged as each by itself would be."""
+"""Signals and layers that are judged together are judged as each by itself would be."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mcore_monitors.sample import Sample
 
 RANK = "attention/delta2_effective_rank@50"
 ENTROPY = "router/routing_entropy"
+CONDITIONING = "router/centred_conditioning"
+SIMILARITY = "router/weight_similarity"
 UNITS = {1: 4, 2: 4, 3: 2, 4: 6}
 CONFIG = DetectionConfig(warmup=0)
 
@@ -39,7 +41,14 @@ def history(missing: float, seed: int = 0) -> list[dict[str, dict[int, list[floa
             entropy.pop(int(generator.integers(1, 5)))
         if generator.random() < missing:
             ranks[4][0] = float("nan") if 4 in ranks else ranks.setdefault(4, [1.0] * 6)[0]
-        samples.append({RANK: ranks, ENTROPY: entropy})
+        # watched on the same sides, on other scales and with other least deviations
+        others = {
+            CONDITIONING: {k: [3 * x for x in v] for k, v in entropy.items()},
+            SIMILARITY: {k: [x - 1 for x in v] for k, v in entropy.items()},
+        }
+        if generator.random() < missing:
+            others.pop(CONDITIONING)
+        samples.append({RANK: ranks, ENTROPY: entropy, CONDITIONING: {}, SIMILARITY: {}} | others)
     return samples
 
 
@@ -66,9 +75,10 @@ def test_layers_together_are_as_layers_alone(missing: float) -> None:
     alone = [
         course(
             BandRule(CONFIG),
-            [{n: {k: v for k, v in s[n].items() if k == layer} for n in s} for s in signals],
+            [{name: {k: v for k, v in s[name].items() if k == layer}} for s in signals],
         )
         for layer in UNITS
+        for name in (RANK, ENTROPY, CONDITIONING, SIMILARITY)
     ]
     for t, (new, active) in enumerate(together):
         assert new == sorted(x for one in alone for x in one[t][0]), t
