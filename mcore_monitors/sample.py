@@ -7,6 +7,7 @@ read and judged anywhere.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,12 @@ def _column(values: Iterable[float | None]) -> list[float | None]:
     return [
         None if x is None or x - x != 0 else float(format(x, _FORMAT)) + 0.0 for x in values
     ]
+
+
+def _row(layer: int, values: Iterable[float]) -> str:
+    """A layer's values in JSON, as :func:`_column` has them."""
+    numbers = ["null" if x - x != 0 else format(x, _FORMAT) for x in values]
+    return f'"{layer}":[{",".join(numbers)}]'
 
 
 @dataclass(kw_only=True)
@@ -100,6 +107,15 @@ class Sample:
             },
             "cost_seconds": _finite(self.cost_seconds),
         }
+
+    def to_json(self) -> str:
+        """Return the text of :meth:`to_record`: its numbers are not read back in between."""
+        head = json.dumps(replace(self, signals={}).to_record(), separators=(",", ":"))
+        signals = ",".join(
+            f"{json.dumps(name)}:{{{','.join(map(_row, layers, layers.values()))}}}"
+            for name, layers in self.signals.items()
+        )
+        return head.replace('"signals":{}', f'"signals":{{{signals}}}', 1)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Sample:

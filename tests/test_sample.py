@@ -83,6 +83,7 @@ def test_not_finite_becomes_null_and_comes_back():
         signals={"x": {3: [nan, -inf]}},
     )
     text = json.dumps(full.to_record(), allow_nan=False)
+    assert json.loads(full.to_json()) == json.loads(text)
     back = Sample.from_record(json.loads(text))
     assert back.loss == [None, 1.0, None]
     assert back.grad_norm == [None]
@@ -91,10 +92,13 @@ def test_not_finite_becomes_null_and_comes_back():
 
 
 def test_round_trip_keeps_seven_digits():
-    full = sample(10, loss=[1.23456789], signals={"x": {1: [3.4444444444e-8]}})
+    values = [3.4444444444e-8, -0.0, 5.0, 1.23456789e12, -2.5e-300]
+    full = sample(10, loss=[1.23456789], signals={"x": {1: values}, 'y"z': {1: [], 12: [0.1]}})
     record = full.to_record()
+    assert json.loads(full.to_json()) == record
+    assert list(json.loads(full.to_json())) == list(record)
     assert record["loss"] == [1.234568]
-    assert record["signals"]["x"]["1"] == [3.444444e-8]
+    assert record["signals"]["x"]["1"] == [3.444444e-8, 0.0, 5.0, 1.234568e12, -2.5e-300]
     assert Sample.from_record(record).to_record() == record
 
 

@@ -33,7 +33,7 @@ class HistoryWriter:
 
     def sample(self, sample: Sample) -> None:
         """Append one sample; it has left this process when the call returns."""
-        self._lines.write(sample.to_record())
+        self._lines.write_text(sample.to_json())
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Events have a file of their own."""

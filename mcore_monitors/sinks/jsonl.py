@@ -71,11 +71,19 @@ class JsonLines:
             line = _dumps(record)
         except (TypeError, ValueError):  # something in it is not JSON's own
             line = _dumps(plain(record))
+        self.write_text(line)
+        if durable:
+            os.fsync(self._file.fileno())
+
+    def write_text(self, line: str) -> None:
+        """Append one record that is JSON already, on one line.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         data = line.encode() + b"\n"
         if self._file.write(data) != len(data):
             raise OSError(f"{self.path}: the disk took only a part of a record (is it full?)")
-        if durable:
-            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; harmless when repeated."""
