@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mcore_monitors.signals.eigenvalues import symmetric_eigenvalues
+
 #: Bytes of a widened piece of weights. A call over all heads of a large model must not hold a
 #: widened copy of all its weights; on a CPU a piece that stays in the cache is also faster.
 _PIECE_BYTES = {"cpu": 2**20}
@@ -121,9 +123,8 @@ def update_spectra(
     Raises:
         ValueError: the shapes do not fit together.
 
-    On a CUDA device ``eigvalsh`` reads its own error flag back, one host sync a call that PyTorch
-    leaves no way around, three of them here. Nothing else waits for the device, so give all heads,
-    and where possible all windows and layers of equal shape, to one call.
+    Give all heads, and where possible all windows and layers of equal shape, to one call: on a CUDA
+    device their eigenproblems are solved side by side. Nothing waits for the device.
     """
     grams = update_grams(wq_old, wk_old, wq_new, wk_new, gram_dtype=gram_dtype)
     return spectra_from_grams(grams, gram_dtype=gram_dtype)
@@ -340,8 +341,8 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _eigenvalues_of(gram: Tensor) -> Tensor:
     """Eigenvalues, descending, not below zero; NaN for a matrix that is not finite.
 
-    Reads the lower triangle [n, m, m] and may overwrite it. ``eigvalsh`` raises for the whole batch
-    when one matrix is not finite: it gets zeros for those. No element of a Gram matrix is larger
+    Reads the lower triangle [n, m, m] and may overwrite it. LAPACK refuses the whole batch when one
+    matrix is not finite: it gets zeros for those. No element of a Gram matrix is larger
     than its trace, which therefore tells.
     """
     broken = ~gram.diagonal(dim1=1, dim2=2).sum(1).isfinite()[:, None]
@@ -349,7 +350,5 @@ def _eigenvalues_of(gram: Tensor) -> Tensor:
     whole = gram.device.type == "cpu" and not broken.any()
     if not whole:
         gram.masked_fill_(broken[:, :, None], 0.0)
-    # Transposed, the lower triangle is the upper one of LAPACK's own layout: no copy across, and a
-    # twentieth faster than the other triangle.
-    values = torch.linalg.eigvalsh(gram.mT, UPLO="U").clamp_(min=0).flip(-1)
+    values = symmetric_eigenvalues(gram).clamp_(min=0).flip(-1)
     return values if whole else values.masked_fill_(broken, torch.nan)

@@ -10,19 +10,17 @@ which of them it took. So the map is the same on every device and in every order
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .entropy import BARRED, routing_entropy, weigh
+from .entropy import BARRED
 
 #: exp of it is the least normal float32, as good as nothing beside 1
 _FARTHEST = -87.0
 
 
 @torch.no_grad()
-def best_values(scores: Tensor, count: int) -> list[Tensor]:
+def best_values(scores: Tensor, count: int) -> Tensor:
     """The best scores of each token, without saying whose they are.
 
     Sorted lists are merged pairwise, all pairs at once, by minima and maxima over all tokens: on a
@@ -33,7 +31,7 @@ def best_values(scores: Tensor, count: int) -> list[Tensor]:
         count: how many are wanted.
 
     Returns:
-        ``count`` tensors [...], falling; E where there are no more.
+        [count, ...], falling; [E, ...] where there are no more.
     """
     lists = [scores]  # place in the list -> [lists, ...]
     while (n := lists[0].shape[0]) > 1:
@@ -44,7 +42,7 @@ def best_values(scores: Tensor, count: int) -> list[Tensor]:
             rest += [rest[0] - torch.inf] * (len(merged) - len(rest))  # NaN stays NaN
             merged = [torch.cat(pair) for pair in zip(merged, rest, strict=False)]
         lists = merged
-    return [x.squeeze(0) for x in lists[: scores.shape[0]]]
+    return torch.cat(lists[: scores.shape[0]])
 
 
 def _merge(left: list[Tensor], right: list[Tensor], count: int) -> list[Tensor]:
@@ -78,29 +76,26 @@ def limit_groups(scores: Tensor, groups: int, top_groups: int, group_sum: int) -
         [E, ...], about −1e30 at barred experts.
     """
     grouped = scores.unflatten(0, (groups, -1))  # [groups, E / groups, ...]
-    best = best_values(grouped.transpose(0, 1), group_sum)
-    worth = best[0]
-    for value in best[1:]:
-        worth = worth + value
+    worth = best_values(grouped.transpose(0, 1), group_sum).sum(0)
     last = best_values(worth, top_groups)[-1]
     barred = (worth - last).sign_().clamp_max_(0).mul_(-BARRED)  # 0 or −1e30
     return (grouped + barred.unsqueeze(1)).flatten(0, 1)
 
 
 @torch.no_grad()
-def choice_shares(scores: Tensor, best: Sequence[Tensor], k: int) -> Tensor:
+def choice_shares(scores: Tensor, best: Tensor, k: int) -> Tensor:
     """Who is chosen.
 
     Args:
         scores: [E, ...].
-        best: their best values, at least ``k``.
+        best: [k or more, ...] their best values.
 
     Returns:
         [E, ...] float32, 1 at the k best experts and 0 elsewhere; of q experts that tie for the
         last p places each has p/q.
     """
     last = best[k - 1]
-    above = (torch.stack(list(best[:k])) - last).sign_().sum(0)
+    above = (best[:k] - last).sign_().sum(0)
     side = (scores - last).sign_()  # 1 above it, 0 where it is, −1 below
     # the sum of the sides is above − below, and above + tied + below is all
     tied = side.sum(0).add_(scores.shape[0]).sub_(above, alpha=2)
@@ -109,21 +104,20 @@ def choice_shares(scores: Tensor, best: Sequence[Tensor], k: int) -> Tensor:
 
 
 @torch.no_grad()
-def mixing_entropy(log_scores: Tensor, chosen: Tensor | None = None) -> Tensor:
+def mixing_entropy(log_scores: Tensor, chosen: Tensor) -> Tensor:
     """Entropy of the weights with which a token's chosen experts are mixed, from 0 to ln k nats.
 
     The weights are the scores of the chosen experts over their sum: without the expert bias, which
-    enters, as group limits do, by what is chosen.
+    enters, as group limits do, by what is chosen. Of the k best scores it is the
+    :func:`.entropy.routing_entropy` of these alone.
 
     Args:
-        log_scores: [k, ...] of the chosen experts; or [E, ...] of all, with
+        log_scores: [E, ...].
         chosen: [E, ...] 1 at the chosen ones, a share where the last place is shared.
 
     Returns:
         [...]; 0 for a token that goes nowhere.
     """
-    if chosen is None:
-        return routing_entropy(weigh(log_scores))
     # relative to the best that is chosen; exp is slow on a CPU where nothing is left of its result
     log = torch.add(log_scores, chosen.sign().sub_(1), alpha=-BARRED)
     log.sub_(log.amax(0)).clamp_min_(_FARTHEST)

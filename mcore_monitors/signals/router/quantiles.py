@@ -102,7 +102,7 @@ class QuantileCounts:
         bins = bins.nan_to_num(nan=BINS).long()
         at = bins.add_((cells * (BINS + 1)).unsqueeze(-1)).view(-1)
         parts = parts.nan_to_num(nan=0.0).clamp_(0, 1).mul_(_UNIT).long().view(-1)
-        self._whole.view(-1).scatter_add_(0, at, torch.ones_like(at))
+        self._whole.view(-1).scatter_add_(0, at, at.new_ones(1).expand_as(at))
         self._parts.view(-1).scatter_add_(0, at, parts)
 
     @torch.no_grad()
