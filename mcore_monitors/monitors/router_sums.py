@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Waiting:
     ) -> bool:
         """Copy one micro-batch, as the hook got it; returns whether no other fits in."""
         slot = self.filled
-        self._slots[slot].copy_(logits.detach())
+        self._slots[slot].copy_(logits.data)  # in half the time of ``detach``
         if padding is not None:
             self._padding[slot].copy_(padding.flatten())
         if bias is not None:
@@ -213,8 +214,10 @@ class RouterSums:
     ) -> None:
         """Add micro-batches to ``rows`` [n], as :meth:`Waiting.take` gives them."""
         _, size, experts = logits.shape
+        device = logits.device.type
         # a host may run its forward pass in autocast, which would count in half precision
-        with torch.autocast(logits.device.type, enabled=False):
+        cast = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
             logits = _experts_first(logits.float())
             if padding is not None:  # what stands at padded tokens may be NaN
                 logits = logits.masked_fill(padding, 0.0)
@@ -266,5 +269,5 @@ class RouterSums:
 
 
 def _experts_first(x: Tensor) -> Tensor:
-    """[n, T, E] as [E, n, T], in memory too."""
-    return x.permute(2, 0, 1).contiguous()
+    """A copy of [n, T, E] that is [E, n, T], in memory too."""
+    return x.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)

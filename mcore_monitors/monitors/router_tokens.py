@@ -28,7 +28,7 @@ class TokenTerms:
 
     Args:
         rule: how the router chooses.
-        logits: [E, ...] float32.
+        logits: [E, ...] float32; may be overwritten.
         bias: what is added to the scores for the choice, to be broadcast to [E, ...], or None.
         routing_map: [E, ...] float32, the host's choice, where the rule can't tell it.
         whole: everything that the rule gives, not the entropy only.
@@ -48,7 +48,9 @@ class TokenTerms:
         whole: bool = True,
     ) -> None:
         self._rule, self._logits = rule, logits
-        self._weighed = signals.weigh(signals.log_scores(logits, rule.score))
+        log = signals.log_scores(logits, rule.score)
+        spent = log is not logits or not whole
+        self._weighed = signals.weigh(log, out=log if spent else None)
         self.terms: dict[str, Tensor] = {"entropy": signals.routing_entropy(self._weighed)}
         self.chosen: Tensor | None = None
         if whole:
@@ -72,12 +74,16 @@ class TokenTerms:
 
     def _choose_by_rank(self) -> None:
         """Choose where a score's rank is all that matters: that of its logarithm, too."""
-        k, log = self._rule.top_k, self._weighed.log
-        best = signals.best_values(log, k + 1)
-        self.chosen = signals.choice_shares(log, best, k)
-        self.terms["mixing_entropy"] = signals.mixing_entropy(torch.stack(best[:k]))
-        if len(best) > k:
-            self.terms["margin"] = self._score(best[k - 1]) - self._score(best[k])
+        k, (log, _, best, total) = self._rule.top_k, self._weighed
+        log_top = signals.best_values(log, k + 1)
+        top = log_top.exp()
+        self.chosen = signals.choice_shares(log, log_top, k)
+        mixed = signals.Weighed(log_top[:k], top[:k], best, top[:k].sum(0))
+        self.terms["mixing_entropy"] = signals.routing_entropy(mixed)
+        if len(top) > k:
+            normalised = self._rule.score == "softmax" or self._rule.chooses_by == "logits"
+            gap = top[k - 1] - top[k]
+            self.terms["margin"] = gap / total if normalised else gap * best.exp()
 
     def _choose(self, bias: Tensor | None) -> None:
         """Choose as the host does, by scores and bias and within groups; and without the bias."""
@@ -89,13 +95,11 @@ class TokenTerms:
         self.chosen = chosen[:, 0]
         self.terms["mixing_entropy"] = signals.mixing_entropy(self._weighed.log, self.chosen)
         if len(best) > k:
-            last, after = best[k - 1][0], best[k][0]
+            last = best[k - 1 : k + 1, 0]
             if rule.chooses_by == "logits":  # compared by logits, told in scores
-                last, after = (
-                    self._score(signals.log_scores(z, rule.score) - self._weighed.best)
-                    for z in (last, after)
-                )
-            self.terms["margin"] = last - after
+                last = signals.log_scores(last, rule.score) - self._weighed.best
+                last = last.exp_() / self._weighed.total
+            self.terms["margin"] = last[0] - last[1]
         if bias is not None:
             self.terms["agreement"] = signals.bias_agreement(*chosen.unbind(1), k)
 
@@ -122,9 +126,3 @@ class TokenTerms:
         if self._rule.chooses_by == "logits":
             return self._logits
         return signals.scores(self._logits, self._weighed, self._rule.score)
-
-    def _score(self, log: Tensor) -> Tensor:
-        """Scores of one expert of each token from ``ln s − max ln s``: normalised for softmax."""
-        if self._rule.score == "softmax" or self._rule.chooses_by == "logits":
-            return log.exp() / self._weighed.total
-        return (log + self._weighed.best).exp_()

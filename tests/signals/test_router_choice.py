@@ -17,7 +17,9 @@ from mcore_monitors.signals.router import (
     limit_groups,
     max_violation,
     mixing_entropy,
+    routing_entropy,
     underused_experts,
+    weigh,
 )
 
 E, T = 8, 40
@@ -41,22 +43,22 @@ def test_the_best_and_the_next(k):
         assert value == [row[e] for e in got]
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3, 7, 8, 60])
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("experts", [1, 2, 3, 7, 8, 31, 60])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 9, 16])
 def test_the_best_values(experts, count):
     s = scores(experts=experts)
     got = best_values(s.t(), count)
     assert len(got) == min(count, experts)
-    for row, *values in zip(s.tolist(), *(v.tolist() for v in got), strict=True):
+    for row, *values in zip(s.tolist(), *got.tolist(), strict=True):
         assert values == sorted(row, reverse=True)[:count]
 
 
 def test_best_values_that_tie_or_are_broken():
     s = torch.tensor([[2.0, 5, 5, 1, 5], [3, 3, 3, 3, 3], [0, -torch.inf, 1, 0, 0]])
-    got = torch.stack(best_values(s.t(), 3), 1)
+    got = best_values(s.t(), 3).t()
     assert got.tolist() == [[5, 5, 5], [3, 3, 3], [1, 0, 0]]
     s[1, 2] = torch.nan
-    assert torch.stack(best_values(s.t(), 3)).isnan().any(0).tolist() == [False, True, False]
+    assert best_values(s.t(), 3).isnan().any(0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -81,7 +83,7 @@ def test_limits_by_values_are_those_of_topk(groups, top_groups, group_sum):
     values, experts = choose(s, 3, **limit)
     limited = limit_groups(s.t(), **limit)
     best = best_values(limited, 3)
-    assert torch.equal(torch.stack(best, 1), values[:, :3])
+    assert torch.equal(best.t(), values[:, :3])
     assert torch.equal(choice_shares(limited, best, 3), choice_map(experts[:, :3], E).t())
 
 
@@ -119,26 +121,36 @@ def test_a_map_of_the_choice():
         assert sum(row) == 2
 
 
-def test_mixing_by_loop_and_by_map():
+def test_mixing_by_loop():
     log_p = (5 * scores()).log_softmax(-1)
-    _, experts = choose(log_p, 3)
-    got = mixing_entropy(log_p.gather(1, experts[:, :3]).t())
+    best, experts = choose(log_p, 3)
+    chosen = choice_map(experts[:, :3], E).t()
+    got = mixing_entropy(log_p.t(), chosen)
     for value, row, k in zip(got.tolist(), log_p.tolist(), experts.tolist(), strict=True):
         weights = [math.exp(row[e]) for e in k[:3]]
         q = [w / sum(weights) for w in weights]
         assert value == pytest.approx(-sum(x * math.log(x) for x in q), rel=1e-5)
-    chosen = choice_map(experts[:, :3], E).t()
-    torch.testing.assert_close(mixing_entropy(log_p.t(), chosen), got)
+    torch.testing.assert_close(routing_entropy(weigh(best[:, :3].t())), got)
 
 
 def test_mixing_at_its_ends():
-    assert mixing_entropy(torch.zeros(4, 1)).item() == pytest.approx(math.log(4), rel=1e-6)
-    assert mixing_entropy(torch.tensor([[0.0], [-500.0]])).item() == 0
+    assert mixing_entropy(torch.zeros(4, 1), torch.ones(4, 1)).item() == pytest.approx(math.log(4))
+    far = torch.tensor([[0.0], [-500.0]])
+    assert mixing_entropy(far, torch.ones(2, 1)).item() < 1e-30
     assert mixing_entropy(torch.zeros(4, 1), torch.zeros(4, 1)).item() == 0  # goes nowhere
     # the bias may choose experts that are nothing beside the best one
     far = torch.tensor([[0.0], [-300.0], [-300.0]])
     chosen = torch.tensor([[0.0], [1.0], [1.0]])
     assert mixing_entropy(far, chosen).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_mixing_of_experts_that_share_the_last_place():
+    """Three that are alike, in one place: as much as one of them has."""
+    log = torch.tensor([[2.0], [1], [1], [1], [0]])
+    chosen = torch.tensor([[1.0], [1 / 3], [1 / 3], [1 / 3], [0]])
+    p = math.e / (1 + math.e)
+    wanted = -p * math.log(p) - (1 - p) * math.log(1 - p)
+    assert mixing_entropy(log, chosen).item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_agreement_by_loop():

@@ -44,7 +44,8 @@ def log_scores(logits: Tensor, score: str = "softmax") -> Tensor:
         return z
     if score == "sigmoid":
         # z where σ(z) is nothing; on a CPU a third of the time of F.logsigmoid
-        return z.sigmoid().log_().maximum(z.clamp_max(-80))
+        log = z.sigmoid().log_()
+        return torch.maximum(log, z.clamp_max(-80), out=log)
     if score == "sqrtsoftplus":
         # ln(1 + eᶻ) → eᶻ for far negative z, where float32 has no softplus left
         return 0.5 * torch.where(z < -15, z, F.softplus(z).log())
@@ -75,15 +76,16 @@ class Weighed(NamedTuple):
 
 
 @torch.no_grad()
-def weigh(log_scores: Tensor) -> Weighed:
+def weigh(log_scores: Tensor, out: Tensor | None = None) -> Weighed:
     """Take each token's best score as the unit.
 
     Args:
         log_scores: [E, ...], what :func:`log_scores` gives.
+        out: where the new logarithms go; ``log_scores`` itself, if it is not needed any more.
     """
     best = log_scores.amax(0)
     # so that p ln p is 0 · (−1e30) and not 0 · (−inf) for a barred expert; NaN stays NaN
-    log = (log_scores - best).clamp_min_(BARRED)
+    log = torch.sub(log_scores, best, out=out).clamp_min_(BARRED)
     weight = log.exp()
     return Weighed(log, weight, best, weight.sum(0))
 
@@ -134,8 +136,9 @@ def predicted_entropy(weighed: Weighed) -> Tensor:
     log = weighed.log
     experts = log.shape[0]
     # the largest is 0, so that a square of the mean is at most E − 1 times the variance
-    mean = log.sum(0) / experts
-    return math.log(experts) - ((log * log).sum(0) / experts - mean * mean) / 2
+    total, squares = log.sum(0), (log * log).sum(0)
+    variance = squares.addcmul_(total, total, value=-1 / experts)  # E times as much
+    return variance.mul_(-0.5 / experts).add_(math.log(experts))
 
 
 @torch.no_grad()
