@@ -114,10 +114,11 @@ class Grid:
 
     def is_needed(self, snapshot: int, now: int) -> bool:
         """Whether a window will be compared, after ``now``, with the weights of ``snapshot``."""
-        return any(
-            snapshot + window > now and self._is_turn(window, snapshot + window, self._strides)
-            for window in self.windows
-        )
+        for window in self.windows:
+            then = snapshot + window
+            if then > now and self._is_turn(window, then, self._strides):
+                return True
+        return False
 
     def most_snapshots(self) -> int:
         """The largest number of snapshots that are held at once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..catalogue import part_name
@@ -264,17 +265,18 @@ class AttentionUpdateMonitor(Monitor):
         What nobody read is left out: a window that was not compared, a layer without attention.
         """
         readings: Readings = {}
-        count = field[..., 0]
-        there = (count != 0).any(dim=2).tolist()  # true for NaN: what is broken is not absent
+        table = field.numpy()
+        there = (table[..., 0] != 0).any(axis=2).tolist()  # true for NaN: broken is not absent
         for i, window in enumerate(self._windows):
             layers = [n for n, seen in enumerate(there[i]) if seen]
             if not layers:
                 continue
-            values = (field[i, ..., 1:] / count[i, ..., None]).movedim(-1, 0)
-            rows = dict(zip(names, values.tolist(), strict=True))
-            for name in [name for name in names if name.endswith("effective_rank")]:
-                entropy = name.replace("effective_rank", "spectral_entropy")
-                rows[entropy] = values[names.index(name)].log().tolist()
+            with np.errstate(all="ignore"):  # units without a count
+                values = np.moveaxis(table[i, ..., 1:] / table[i, ..., :1], -1, 0)
+                rows = dict(zip(names, values.tolist(), strict=True))
+                for name in [name for name in names if name.endswith("effective_rank")]:
+                    entropy = name.replace("effective_rank", "spectral_entropy")
+                    rows[entropy] = np.log(values[names.index(name)]).tolist()
             for name, by_layer in rows.items():
                 signal = f"{part_name(f'attention/{name}', part)}@{window}"
                 readings[signal] = {n + 1: by_layer[n] for n in layers}
