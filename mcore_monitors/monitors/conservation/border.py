@@ -118,11 +118,11 @@ class NormBorder:
         call.y.register_hook(guard(self._on_output))
 
     def _on_output(self, gradient: torch.Tensor) -> None:
-        self._dy = gradient[self._taken]
+        self._dy = gradient.detach()[self._taken]
 
     def _on_part(self, gradient: torch.Tensor) -> None:
         """Add a part of the input's gradient; what came is the engine's, which may write to it."""
-        part = gradient[self._taken]
+        part = gradient.detach()[self._taken]
         self._dx = part.clone() if self._dx is None else self._dx + part
         self._parts -= 1
         if self._parts == 0:  # less than none: a second backward pass

@@ -2,7 +2,8 @@
 
 One module a residual; each has ``<name>_terms``, sums that add up over shards of a sequence (or
 of the vocabulary), and ``<name>_from_terms``, ratios made of complete sums. They need no baseline,
-only the floor of the number format (:mod:`.floors`).
+only the floor of the number format (:mod:`.floors`). Whoever hands tensors in detaches them:
+dozens of small calls are made a sample, and each would pay for switching gradients off.
 """
 
 from .accumulate import (

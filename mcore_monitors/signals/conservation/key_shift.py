@@ -43,7 +43,6 @@ from torch import Tensor
 from .terms import over_groups, ratio_sums, wide
 
 
-@torch.no_grad()
 def key_shift_terms(
     dk: Tensor,
     *,
@@ -108,7 +107,6 @@ def key_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]
     return ratio_sums(torch.linalg.vector_norm(signed, dim=-1), scale)
 
 
-@torch.no_grad()
 def key_shift_directions(query: Tensor, output: Tensor, grad_output: Tensor, groups: int) -> Tensor:
     """Where a wrong row term pushes Σ_j dK_j: Σ_i q_i and Σ_i δ_i q_i, per key head.
 
@@ -132,7 +130,6 @@ def _directions(query: Tensor, row: Tensor, groups: int) -> Tensor:
     return both if query.shape[2] == groups else both.unflatten(2, (groups, -1)).sum(3)
 
 
-@torch.no_grad()
 def key_shift_all_terms(
     dk: Tensor, query: Tensor, output: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,6 @@ from torch import Tensor
 from .terms import pooled_ratio, wide
 
 
-@torch.no_grad()
 def norm_scale_terms(
     x: Tensor,
     grad_x: Tensor,
@@ -85,7 +84,6 @@ def norm_scale_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return pooled_ratio(signed, scale)
 
 
-@torch.no_grad()
 def norm_shift_terms(grad_x: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_c dx_c and Σ_c |dx_c| of each token, for LayerNorm only.
 

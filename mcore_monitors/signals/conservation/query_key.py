@@ -34,7 +34,6 @@ from torch import Tensor
 from .terms import paired_terms, ratios
 
 
-@torch.no_grad()
 def query_key_terms(
     query: Tensor, grad_query: Tensor, key: Tensor, grad_key: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,6 @@ from torch import Tensor
 from .terms import pooled_ratio, wide
 
 
-@torch.no_grad()
 def router_shift_terms(grad_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_e dz_e and Σ_e |dz_e| of each token.
 

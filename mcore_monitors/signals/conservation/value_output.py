@@ -37,7 +37,6 @@ from torch import Tensor
 from .terms import paired_terms, ratio_sums
 
 
-@torch.no_grad()
 def value_output_terms(
     value: Tensor, grad_value: Tensor, output: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ from torch import Tensor
 from .terms import pooled_ratio
 
 
-@torch.no_grad()
 def vocabulary_shift_terms(grad_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_v dlogit_v and Σ_v |dlogit_v| of each token over the vocabulary entries at hand.
 
