@@ -25,7 +25,6 @@ Shape names: ``D`` channels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .terms import pooled_ratio, wide

@@ -28,7 +28,6 @@ Shape names as in :mod:`.value_output`, ``d`` channels of a query or key.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .terms import paired_terms, ratios

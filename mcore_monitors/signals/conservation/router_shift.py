@@ -29,7 +29,6 @@ Shape names: ``E`` experts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .terms import pooled_ratio, wide

@@ -31,7 +31,6 @@ channels of a value.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .terms import paired_terms, ratio_sums
