@@ -12,7 +12,7 @@ import torch
 from mcore_monitors.monitors import router_sums
 from mcore_monitors.monitors.router import RouterMonitor
 from mcore_monitors.monitors.router_sums import WAITING_BYTES
-from mcore_monitors.views import Replica, RouterView
+from mcore_monitors.views import Replica, RouterView, RoutingRule
 
 from .models import TinyModel, reduced, sample
 from .routed import BIAS, RULES, E, logits, routed
@@ -134,6 +134,21 @@ def test_logits_of_a_graph_are_left_alone() -> None:
     monitor.on_logits(1, 2 * z)
     assert not any(f.requires_grad for f in reduced([monitor], 10).values())
     assert z.grad is None
+
+
+@pytest.mark.parametrize("experts", [1, E])
+def test_what_the_host_hands_over_stays_as_it_is(experts: int) -> None:
+    """Also where a micro-batch is looked at at once, and is one token or one expert."""
+    view = TinyModel(experts=experts).view()
+    view.routers = [replace(v, rule=RoutingRule(top_k=1)) for v in view.routers]
+    monitor = RouterMonitor(view, interval=10, every=2)
+    for turn in (1, 2, 3):  # all is told, the entropy only, all
+        given = [logits(*shape, experts, seed=turn) for shape in ((8, 2), (5, 1), (1, 1))]
+        kept = [z.clone() for z in given]
+        for z in given:
+            monitor.on_logits(1, z)
+        sample([monitor], 10 * turn)
+        assert all(torch.equal(z, before) for z, before in zip(given, kept, strict=True))
 
 
 def test_memory_of_a_layer() -> None:
