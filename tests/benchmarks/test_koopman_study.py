@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from koopman_initial import PAPER, initial  # noqa: E402
 from koopman_study import risk_model, scores  # noqa: E402
 
 from mcore_monitors.signals.koopman_risk import risk_from  # noqa: E402
@@ -86,3 +87,11 @@ def test_held_out_runs_are_not_seen() -> None:
     after = risk_model.held_out(turned, parts, names, "sigmoid")
     mine = np.array(parts) == "a"
     assert np.allclose(before[mine], after[mine]) and not np.allclose(before[~mine], after[~mine])
+
+
+@pytest.mark.parametrize("architecture", ["pre_ln", "rms_norm", "post_ln"])
+def test_near_unit_mass_at_initialization_is_the_papers(architecture: str) -> None:
+    """Table 1 of arXiv 2602.22988 within 0.1; seeds 0 to 4 are in docs/koopman.md."""
+    near_unit, super_unit, _ = initial(architecture, seed=11)
+    assert near_unit == pytest.approx(PAPER[architecture][0], abs=0.1)
+    assert super_unit == pytest.approx(PAPER[architecture][1], abs=0.1)
