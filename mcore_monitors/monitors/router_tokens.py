@@ -112,7 +112,7 @@ class TokenTerms:
             _, free = self._choices(self._bare_scores(), k)
             self.terms["agreement"] = signals.bias_agreement(chosen, free, k)
 
-    def _choices(self, scores: Tensor, count: int) -> tuple[list[Tensor], Tensor]:
+    def _choices(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The best ``count`` of scores [E, ...] within groups, as far as there are, and a map."""
         rule, allowed = self._rule, scores.shape[0]
         if rule.groups and rule.top_groups and rule.top_groups < rule.groups:
