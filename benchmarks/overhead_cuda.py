@@ -1,15 +1,14 @@
-"""What monitoring costs a training step on a GPU: on and off in one run.
+"""What monitoring costs a training step on a GPU: on, off and each monitor alone, in one run.
 
     python benchmarks/overhead_cuda.py --json overhead_cuda.json
 
 The training of ``overhead.py`` on one CUDA card, with a larger model: 8 layers of hidden size 2,048
 with 16 heads of 128 on 4 query groups and 8 experts, two micro-batches of two sequences of 2,048
-tokens a step, bfloat16 with the distributed optimizer, Megatron's local layers. As there, blocks of
-ten steps with no monitor and with all of them, at their default settings, take turns, and a block
-holds one sample. Every step is waited for, so wall time has the card's work in it. The share is
-(time with) / (time without) − 1, with a 95% interval from 1,000 bootstrap draws over rounds;
-"inside" is the CPU time of the Python thread in each monitor's calls over the wall time of a step,
-of which a card that is behind hides a part.
+tokens a step, bfloat16 with the distributed optimizer, Megatron's local layers. As there, every ten
+steps other monitors are on, with their default settings, and a block holds one sample. Every step
+is waited for, so wall time has the card's work in it. A share is (time of the mode) / (time with
+none) − 1, with 95% intervals from 1,000 bootstrap draws over rounds; "inside" is the time of the
+Python thread in the monitors' calls, most of which a card that is behind hides.
 """
 
 from __future__ import annotations
@@ -30,20 +29,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from overhead import (  # noqa: E402
-    INTERVAL,
-    block_time,
-    full_samples,
-    inside_shares,
-    made_by,
-    redraw,
-)
-from overhead_worker import MONITORS  # noqa: E402
+from overhead import INTERVAL, block_time, full_samples, inside_shares, made_by, shares  # noqa: E402
+from overhead_worker import MODES  # noqa: E402
 
 from mcore_monitors.cpu.arguments import default_arguments  # noqa: E402
+from mcore_monitors.windows import SELDOM  # noqa: E402
 
-#: which monitors are on in each block of a cycle
-MODES: dict[str, set[str]] = {"off": set(), "all": set(MONITORS)}
 MODEL = [
     *"--num-layers 8 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 5632".split(),
     *"--group-query-attention --num-query-groups 4".split(),
@@ -103,15 +94,6 @@ class Card:
         }
 
 
-def on_off(wall: np.ndarray) -> dict[str, float]:
-    """Time of a block with all monitors over one without, minus one; seconds [round, mode, step]."""
-    full = full_samples(len(wall))
-    off, on = (block_time(wall[:, i][redraw(full, 1000)], full) for i in (0, 1))
-    low, high = np.quantile(on / off - 1, [0.025, 0.975])
-    share = block_time(wall[:, 1], full) / block_time(wall[:, 0], full) - 1
-    return {"share": float(share), "low": float(low), "high": float(high)}
-
-
 def waited_for() -> tuple[float, float]:
     """Wall time and CPU time of this process once the card has done all it was given."""
     import torch
@@ -125,7 +107,6 @@ def worker() -> None:
     import overhead_worker
 
     overhead_worker.clocks, overhead_worker.Replicas = waited_for, Card
-    overhead_worker.MODES = MODES
     overhead_worker.main()
 
 
@@ -134,34 +115,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python benchmarks/overhead_cuda.py --rounds 20 --json overhead_cuda.json",
+        epilog="example: python benchmarks/overhead_cuda.py --rounds 10 --json overhead_cuda.json",
     )
-    parser.add_argument("--rounds", type=int, default=20, help="blocks of each mode")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="blocks of each mode, a multiple of 5"
+    )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.rounds % SELDOM:
+        parser.error(f"--rounds: {arguments.rounds} cannot be used; allowed: multiples of {SELDOM}")
     with tempfile.TemporaryDirectory() as folder:
         found = run(arguments.rounds, Path(folder))
     steps = np.array(found["steps"]).reshape(-1, len(MODES), INTERVAL, 2)[2:]
     inside = found["inside"][list(MODES).index("all") :: len(MODES)][2:]
     wall = steps[..., 0]
     step = float(block_time(wall[:, 0], full_samples(len(wall))) / INTERVAL)
-    whole = on_off(wall)
-    inside_rows = inside_shares(inside, wall)
+    tables = {"wall": shares(wall), "inside": inside_shares(inside, wall)}
     print(f"\n{found['replicas']['card']}: one step without monitors {1000 * step:.1f} ms\n")
-    print(f"{'monitors':20}{'CPU ms a sample':>17}{'of a step':>11}")
-    for name, row in inside_rows.items():
-        milliseconds, share = row["milliseconds_a_sample"], 100 * row["share"]
-        print(f"{name.removeprefix('share_'):20}{milliseconds:17.2f}{share:10.2f}%")
-    shown = (100 * whole[name] for name in ("share", "low", "high"))
-    print("\nall, wall time on/off: {:.2f}% ({:.2f} to {:.2f})".format(*shown))
+    print(f"{'monitors':20}{'ms a sample':>12}{'wall time on/off':>28}{'inside':>10}")
+    for name, row in tables["inside"].items():
+        line = f"{name.removeprefix('share_'):20}{row['milliseconds_a_sample']:12.2f}"
+        on = tables["wall"].get(name)
+        part = ""
+        if on is not None:
+            part = f"{100 * on['share']:.2f}% ({100 * on['low']:.2f} to {100 * on['high']:.2f})"
+        print(f"{line}{part:>28}{100 * row['share']:9.2f}%")
     if arguments.json:
-        result = {"share_all": whole, "inside": inside_rows, "step_seconds": step}
+        result = {name: row["share"] for name, row in tables["wall"].items()}
+        result |= {"shares_with_interval": tables, "step_seconds": step, **found["replicas"]}
         result["wall_steps"] = {
             mode: steps[:, i, :, 0].round(5).tolist() for i, mode in enumerate(MODES)
         }
         made = made_by()
         made["command"] = made["command"].replace("overhead.py", Path(__file__).name)
-        result |= found["replicas"] | {"made_by": made}
+        result |= {"made_by": made}
         arguments.json.write_text(json.dumps(result) + "\n")
 
 
