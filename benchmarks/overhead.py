@@ -192,7 +192,7 @@ def replica_ratios(measured: dict[str, Any]) -> dict[str, float]:
 def made_by() -> dict[str, Any]:
     """What a kept result has to say about its origin."""
     return {
-        "command": " ".join(["python", "benchmarks/overhead.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "seed": "Megatron's default, 1234",
         "date": datetime.now(UTC).date().isoformat(),
         "cores": os.cpu_count(),

@@ -146,9 +146,7 @@ def main() -> None:
         result["wall_steps"] = {
             mode: steps[:, i, :, 0].round(5).tolist() for i, mode in enumerate(MODES)
         }
-        made = made_by()
-        made["command"] = made["command"].replace("overhead.py", Path(__file__).name)
-        result |= {"made_by": made}
+        result |= {"made_by": made_by()}
         arguments.json.write_text(json.dumps(result) + "\n")
 
 

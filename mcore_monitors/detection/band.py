@@ -148,4 +148,3 @@ class BandRule:
             for group in self._cells.values():
                 for cells in group:
                     cells.forget_all()
-

@@ -85,11 +85,11 @@ class AttentionActivityMonitor(Monitor):
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         for layer, view in self._views.items():
-                if self._sequences[layer]:
-                    place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
-                    fields["max_logit"][place] += self._sums[layer][0]
-                    fields["entropy"][place] += self._sums[layer][1]
-                    fields["sequences"][place] += self._sequences[layer]
+            if self._sequences[layer]:
+                place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
+                fields["max_logit"][place] += self._sums[layer][0]
+                fields["entropy"][place] += self._sums[layer][1]
+                fields["sequences"][place] += self._sequences[layer]
         self._clear()
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:

@@ -118,18 +118,25 @@ KERNELS = {
 }
 
 
-def residuals_of(kernel, dtype: torch.dtype) -> dict[str, list[float]]:
-    """What the monitor reads of one call of a kernel, [S, B, heads, d] in and out."""
-    view = ModelView(
+def one_layer(
+    device: torch.device = CUDA, dtype: torch.dtype = torch.float32, experts: int = 0
+) -> ModelView:
+    """A model of one layer that shows nothing yet."""
+    return ModelView(
         layers=1,
         heads=HEADS,
         groups=GROUPS,
-        experts=0,
-        device=CUDA,
+        experts=experts,
+        device=device,
         activation_dtype=dtype,
         sequence_length=LENGTH,
         head_dim=CHANNELS,
     )
+
+
+def residuals_of(kernel, dtype: torch.dtype) -> dict[str, list[float]]:
+    """What the monitor reads of one call of a kernel, [S, B, heads, d] in and out."""
+    view = one_layer(dtype=dtype)
     view.conserves_attention(1, 0, GROUPS)
     monitor = ConservationMonitor(view, GroupSum(None), whole=True)
     packed = Packed(monitor.schema(), CUDA)
@@ -191,10 +198,7 @@ def test_a_lying_kernel_breaks_the_key_shift_alone(dtype: torch.dtype) -> None:
 def test_weights_are_read_and_compared_without_waiting() -> None:
     old_q, old_k, new_q, new_k = (w.to(CUDA) for w in weights())
     live = [old_q.clone(), old_k.clone()]
-    view = ModelView(
-        layers=1, heads=HEADS, groups=GROUPS, experts=0, device=CUDA,
-        activation_dtype=torch.float32, sequence_length=LENGTH, head_dim=CHANNELS,
-    )  # fmt: skip
+    view = one_layer()
     view.attention.append(
         AttentionView(
             layer=1, first_group=0, groups=GROUPS, heads_per_group=HEADS // GROUPS,
@@ -219,10 +223,7 @@ def test_the_routers_values_are_the_cpus_and_nothing_waits() -> None:
     found = []
     for where in (torch.device("cpu"), CUDA):
         weight = normal(8, 64).to(where)
-        view = ModelView(
-            layers=1, heads=HEADS, groups=GROUPS, experts=8, device=where,
-            activation_dtype=torch.float32, sequence_length=LENGTH, head_dim=CHANNELS,
-        )  # fmt: skip
+        view = one_layer(where, experts=8)
         view.routers.append(RouterView(layer=1, read=lambda w=weight: w, replica=Replica()))
         monitor = RouterMonitor(view)
         packed = Packed(monitor.schema(), where)

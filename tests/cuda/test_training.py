@@ -18,7 +18,7 @@ import torch
 
 from mcore_monitors.sinks.events import EventReader
 from mcore_monitors.sinks.history import HistoryReader
-from tests.megatron.train import ROOT, Result, free_port, train
+from tests.megatron.train import EXACT, ROOT, Result, free_port, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
@@ -38,31 +38,17 @@ MONITORS: dict[str, Any] = {
     },
 }
 FIXED = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-#: makes the weights where they belong, and prints every loss and gradient norm exactly
-EXACT = """
-sys.argv.remove('--use-cpu-initialization')
-import megatron.training.training as _training
-_step = _training.train_step
-def _told(*args, **kwargs):
-    result = _step(*args, **kwargs)
-    values = [*result[0].values(), result[5]]
-    print('EXACT', *(float(v).hex() for v in values), flush=True)
-    return result
-_training.train_step = _told
-"""
+#: makes the weights where they belong
+ON_THE_CARD = "sys.argv.remove('--use-cpu-initialization')\n" + EXACT
 
 
 def on_card(folder: Path, form: str, **more: Any) -> Result:
     result = train(
-        folder, f"{ON_CARD} {form}", iterations=8, environment=FIXED, before=EXACT, cpu_flag=False,
-        timeout=400, **more,
+        folder, f"{ON_CARD} {form}", iterations=8, environment=FIXED, before=ON_THE_CARD,
+        cpu_flag=False, timeout=400, **more,
     )  # fmt: skip
     assert result.exit_code == 0, result.output[-4000:]
     return result
-
-
-def exact(result: Result) -> list[str]:
-    return [line for line in result.output.splitlines() if line.startswith("EXACT")]
 
 
 def healthy(samples: list[Any], events: list[dict[str, Any]], count: int) -> None:
@@ -88,8 +74,8 @@ def healthy(samples: list[Any], events: list[dict[str, Any]], count: int) -> Non
 def test_megatron_trains_as_without_monitors(form: str, tmp_path: Path) -> None:
     without = on_card(tmp_path / "without", form)
     watched = on_card(tmp_path / "watched", form, monitors=MONITORS)
-    assert len(exact(without)) == 8
-    assert exact(watched) == exact(without)
+    assert len(without.exact) == 8
+    assert watched.exact == without.exact
     healthy(watched.samples, watched.events, 4)
     names = {name for sample in watched.samples for name in sample.signals}
     assert {"koopman/near_unit", "router/routing_entropy"} <= names

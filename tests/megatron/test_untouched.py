@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from .train import Result, train
+from .train import EXACT, Result, train
 
-#: prints every loss and gradient norm exactly, whatever Megatron it runs in
-EXACT = """
-from mcore_monitors import cpu
-cpu.install()
-import megatron.training.training as _training
-_step = _training.train_step
-def _told(*args, **kwargs):
-    result = _step(*args, **kwargs)
-    print('EXACT', *(float(v).hex() for v in result[0].values()), float(result[5]).hex(), flush=True)
-    return result
-_training.train_step = _told
-"""
+#: exact losses from whatever Megatron it runs in
+EXACT_HERE = "from mcore_monitors import cpu\ncpu.install()\n" + EXACT
 SAYS_IMPORTED = """
 import atexit, sys as _sys
 atexit.register(lambda: print('OURS', sorted(
@@ -34,7 +24,7 @@ atexit.register(lambda: print('OURS', sorted(
 
 def exact(result: Result) -> list[str]:
     assert result.exit_code == 0, result.output[-4000:]
-    return [line for line in result.output.splitlines() if line.startswith("EXACT")]
+    return result.exact
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_losses_are_bitwise_the_wheels(pristine: Path, tmp_path: Path) -> None:
     path = os.pathsep.join([str(pristine), os.environ.get("PYTHONPATH", "")])
-    arguments = {"processes": 2, "iterations": 6, "before": EXACT}
+    arguments = {"processes": 2, "iterations": 6, "before": EXACT_HERE}
     as_it_came = train(
         tmp_path / "a",
         "--expert-model-parallel-size 2",
@@ -66,7 +56,7 @@ def test_losses_are_bitwise_the_wheels(pristine: Path, tmp_path: Path) -> None:
     without = train(
         tmp_path / "b",
         "--expert-model-parallel-size 2",
-        **arguments | {"before": EXACT + SAYS_IMPORTED},
+        **arguments | {"before": EXACT_HERE + SAYS_IMPORTED},
     )
     watched = train(
         tmp_path / "c",

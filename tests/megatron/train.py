@@ -41,6 +41,18 @@ MODEL = """
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-aux-loss-coeff 0"
 BATCH = "--micro-batch-size 2 --global-batch-size 4"
 
+#: source for ``before`` of :func:`train`: every loss and gradient norm is printed exactly
+EXACT = """
+import megatron.training.training as _training
+_step = _training.train_step
+def _told(*args, **kwargs):
+    result = _step(*args, **kwargs)
+    values = [*result[0].values(), result[5]]
+    print('EXACT', *(float(v).hex() for v in values), flush=True)
+    return result
+_training.train_step = _told
+"""
+
 _LOSS = re.compile(r"iteration +(\d+)/.*lm loss: (\S+) .*grad norm: (\S+)")
 
 
@@ -57,6 +69,11 @@ class Result:
     def losses(self) -> dict[int, tuple[str, str]]:
         """Iteration to (loss, gradient norm), digit by digit as Megatron printed them."""
         return {int(i): (loss, norm) for i, loss, norm in _LOSS.findall(self.output)}
+
+    @property
+    def exact(self) -> list[str]:
+        """What :data:`EXACT` printed, of all processes."""
+        return [line for line in self.output.splitlines() if line.startswith("EXACT")]
 
     def kinds(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind."""
