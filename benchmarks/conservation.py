@@ -35,6 +35,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,7 +107,7 @@ class Judge:
         alarms = []
         for place, window in self._spreads.items():  # of places that rest at this sample as well
             here = [r for r in found if r.place == place and r.spread is not None]
-            window.add(here[0].spread if here else torch.zeros(HEADS, 2))
+            window.add(here[0].spread.numpy() if here else np.zeros((HEADS, 2)))
         for r in found:
             over = [i for i, v in enumerate(r.value) if not v <= r.limit]
             if over:
@@ -114,7 +115,7 @@ class Judge:
             if r.spread is not None:
                 if r.place not in self._spreads:
                     self._spreads[r.place] = c.SampleWindow(HEADS, 2, WINDOWS)
-                    self._spreads[r.place].add(r.spread)
+                    self._spreads[r.place].add(r.spread.numpy())
                 alarms += self._spread(r, set(over), math.log(LEVEL / (len(WINDOWS) * groups)))
             if over or r.direction is None:
                 continue
@@ -122,7 +123,7 @@ class Judge:
                 r.place, [c.SampleWindow(len(d), 4, WINDOWS) for d in r.direction]
             )
             for window, sums in zip(windows, r.direction, strict=True):
-                window.add(sums)
+                window.add(sums.numpy())
                 for last, of_last in zip(WINDOWS, window.sums(), strict=True):
                     units = self._biased(of_last, r, math.log(LEVEL / tests))
                     if units:
@@ -140,7 +141,7 @@ class Judge:
         return []
 
     @staticmethod
-    def _biased(sums: Tensor, r: Reading, log_level: float) -> list[int]:
+    def _biased(sums: np.ndarray, r: Reading, log_level: float) -> list[int]:
         if not c.direction_layer_log_p(sums) <= log_level:
             return []
         bias = c.direction_bias(sums)

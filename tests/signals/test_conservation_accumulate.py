@@ -89,14 +89,41 @@ def test_no_sequence_is_no_evidence():
     assert c.direction_log_p(empty).isnan().all()
 
 
+@pytest.mark.parametrize("d", [1, 8])
+def test_numbers_on_the_host_are_those_of_tensors(d):
+    got = sums(normal(30, 40, d) + 0.2).double()
+    for measure in (
+        c.direction_coherence,
+        c.direction_bias,
+        c.direction_energy,
+        c.direction_log_p,
+        lambda x: c.direction_layer_log_p(x.reshape(10, 4, -1)),
+        lambda x: c.spread_log_p(x[:, -2], x[:, -1], 0.5),
+    ):
+        torch.testing.assert_close(torch.from_numpy(measure(got.numpy())), measure(got))
+
+
+def test_the_bound_for_a_layer_by_its_three_parts():
+    got = sums(normal(30, 12, 1) + 0.3).double().unflatten(0, (3, 4))
+    energy = c.direction_energy(got)
+    for heads, of_heads, found in zip(got, energy, c.direction_layer_log_p(got), strict=True):
+        total = max(of_heads.sum().item(), 4)
+        bounds = (
+            -total / 2 + 2 * (1 + math.log(total / 4)),
+            c.direction_log_p(heads).min().item() + math.log(4),
+            c.direction_log_p(heads.sum(0)).item(),
+        )
+        assert found.item() == pytest.approx(min(0.0, min(bounds) + math.log(3)))
+
+
 def test_window_forgets_and_looks_back():
     window = c.SampleWindow(2, 4, (3, 1, 2))
     samples = [sums(normal(4, 2, 1, seed=i)).double() for i in range(5)]
     for i, sample in enumerate(samples):
-        window.add(sample)
+        window.add(sample.numpy())
         kept = samples[max(0, i - 2) : i + 1]
         wanted = torch.stack([sum(kept), sample, sum(kept[-2:])])
-        torch.testing.assert_close(window.sums(), wanted)
+        torch.testing.assert_close(torch.from_numpy(window.sums()), wanted)
     window.clear()
     assert not window.sums().any()
 

@@ -115,9 +115,6 @@ def test_conservation_of_attention(cuda):
     for measure in (c.direction_log_p, c.direction_bias, c.direction_coherence):
         stays_on_card(measure(sums), 3)
     stays_on_card(c.direction_layer_log_p(sums))
-    window = c.SampleWindow(3, 4, (2, 4), device="cuda")
-    window.add(sums.double())
-    stays_on_card(window.sums(), 2, 3, 4)
     terms = c.query_key_terms(q, dq, k, dk)
     stays_on_card(c.query_key_sums(*terms)[2], 3)
     stays_on_card(c.spread_log_p(cuda(3), cuda(3), 1e-3), 3)

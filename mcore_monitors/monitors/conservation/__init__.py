@@ -265,10 +265,10 @@ class ConservationMonitor(Monitor):
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings = self._sums.readings(fields[_RESIDUALS])
-        evidence = self._directions.add(fields[_BIAS]).tolist()
+        evidence = self._directions.add(fields[_BIAS].numpy()).tolist()
         shift = readings["attention/key_shift"]
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
-        evidence = self._spread.add(fields[_SPREAD]).tolist()
+        evidence = self._spread.add(fields[_SPREAD].numpy()).tolist()
         readings[_SPREAD] = {layer: evidence[layer - 1] for layer in readings[_QUERY_KEY]}
         # what no layer has, as the routers of a dense model, is no reading
         return {signal: layers for signal, layers in readings.items() if layers}

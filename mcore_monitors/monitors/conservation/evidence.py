@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
 from ...catalogue.conservation import BIASES
 from ...signals.conservation import (
@@ -37,7 +37,8 @@ class Directions:
         self._least = least
         self._window = SampleWindow(layers * len(BIASES) * units, 4, WINDOWS)
 
-    def add(self, sums: torch.Tensor) -> torch.Tensor:
+    @np.errstate(divide="ignore", invalid="ignore")
+    def add(self, sums: np.ndarray) -> np.ndarray:
         """Take in one sample; return the evidence in nats, [layers, directions].
 
         Args:
@@ -47,13 +48,12 @@ class Directions:
             −ln of the bound on the probability that a healthy kernel gives as much, the largest
             over windows; 0 where no unit's mean is as large as ``least``.
         """
-        sums = sums.flatten(0, 2)
-        self._window.add(_finite(sums))
-        windows = self._window.sums().view(-1, *self.shape)
-        # a unit that nobody counted has no direction: 0/0
-        log_p = direction_layer_log_p(windows).nan_to_num(0.0)
-        biased = direction_bias(windows).nan_to_num(0.0).amax(-1) >= self._least
-        return torch.where(biased, -log_p, 0.0).amax(0)
+        self._window.add(_finite(sums.reshape(-1, self.shape[-1])))
+        windows = self._window.sums().reshape(-1, *self.shape)
+        # a unit that nobody counted has no direction: 0/0 is no bias
+        biased = (direction_bias(windows) >= self._least).any(-1)
+        evidence = np.nan_to_num(-direction_layer_log_p(windows))
+        return np.where(biased, evidence, 0.0).max(0)
 
     def clear(self) -> None:
         """Forget all samples."""
@@ -73,7 +73,8 @@ class Spread:
         self._sigma = sigma
         self._window = SampleWindow(layers * units, 2, WINDOWS)
 
-    def add(self, sums: torch.Tensor) -> torch.Tensor:
+    @np.errstate(divide="ignore", invalid="ignore")
+    def add(self, sums: np.ndarray) -> np.ndarray:
         """Take in one sample; return the evidence in nats, [layers, units].
 
         Args:
@@ -85,22 +86,21 @@ class Spread:
             windows; NaN where this sample has none.
         """
         here = sums[..., 1] > 0
-        sums = sums.flatten(0, 1)
-        self._window.add(_finite(sums))
-        squares, count = self._window.sums().unbind(-1)
-        evidence = -spread_log_p(squares, count, self._sigma).amin(0).view(self.shape[:2])
-        return torch.where(here, evidence, torch.nan)
+        self._window.add(_finite(sums.reshape(-1, self.shape[-1])))
+        windows = self._window.sums().reshape(-1, *self.shape)
+        log_p = spread_log_p(windows[..., 0], windows[..., 1], self._sigma)
+        return np.where(here, -log_p.min(0), np.nan)
 
     def clear(self) -> None:
         """Forget all samples."""
         self._window.clear()
 
 
-def _finite(sums: torch.Tensor) -> torch.Tensor:
+def _finite(sums: np.ndarray) -> np.ndarray:
     """Sums [rows, sums], rows with a broken one as zeros.
 
     A step whose gradients overflowed must not blind the window for all its samples.
     """
-    if math.isfinite(sums.sum().item()):
+    if math.isfinite(sums.sum()):
         return sums
-    return torch.where(sums.isfinite().all(-1, keepdim=True), sums, 0.0)
+    return np.where(np.isfinite(sums).all(-1, keepdims=True), sums, 0.0)

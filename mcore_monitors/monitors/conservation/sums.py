@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from ...views import Conserved
@@ -60,7 +61,9 @@ class UnitSums:
 
     def readings(self, field: torch.Tensor) -> Readings:
         """Means of everything that was counted; a unit without a count is NaN."""
-        means, counts = (field[0] / field[1]).tolist(), field[1].tolist()
+        totals, counted = field.numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means, counts = (totals / counted).tolist(), counted.tolist()
         readings: Readings = {}
         for signal, columns in self._columns.items():
             readings[signal] = {

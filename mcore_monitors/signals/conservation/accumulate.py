@@ -31,9 +31,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
+
+#: sums of :func:`direction_terms`, wherever they are: behind the collective they are a few numbers
+#: on the host, of which NumPy takes a third of the time
+Sums = Tensor | np.ndarray
 
 
 def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
@@ -53,24 +59,31 @@ def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([r, norm, norm.square(), counted.to(r.dtype)], dim=-1).sum(0)
 
 
-def direction_coherence(sums: Tensor) -> Tensor:
+def direction_coherence(sums: Sums) -> Sums:
     """‖Σ r_i‖ / Σ‖r_i‖ from sums [..., d + 3]: [...], 0 to 1; NaN without a sequence."""
-    return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -3]
+    return _squared_length(sums) ** 0.5 / sums[..., -3]
 
 
-def direction_bias(sums: Tensor) -> Tensor:
+def direction_bias(sums: Sums) -> Sums:
     """Size of the mean ‖Σ r_i‖ / n: what is left of the residual when rounding has cancelled."""
-    return torch.linalg.vector_norm(sums[..., :-3], dim=-1) / sums[..., -1]
+    return _squared_length(sums) ** 0.5 / sums[..., -1]
 
 
-def direction_log_p(sums: Tensor) -> Tensor:
+def direction_log_p(sums: Sums) -> Sums:
     """ln of the bound on P(a healthy kernel gives as large an energy ratio), at most 0."""
-    return (math.log(2) - direction_energy(sums) / 2).clamp(max=0.0)
+    return (math.log(2) - direction_energy(sums) / 2).clip(None, 0.0)
 
 
-def direction_energy(sums: Tensor) -> Tensor:
+def direction_energy(sums: Sums) -> Sums:
     """Energy ratio F from sums [..., d + 3]: [...], about 1 for rounding, NaN without a term."""
-    return sums[..., :-3].square().sum(-1) / sums[..., -2]
+    return _squared_length(sums) / sums[..., -2]
+
+
+def _squared_length(sums: Sums) -> Sums:
+    """‖Σ r_i‖²."""
+    if sums.shape[-1] == 4:  # a number
+        return sums[..., 0] * sums[..., 0]
+    return (sums[..., :-3] ** 2).sum(-1)
 
 
 def direction_energy_limit(level: float) -> float:
@@ -78,25 +91,26 @@ def direction_energy_limit(level: float) -> float:
     return 2 * math.log(2 / level)
 
 
-def direction_layer_log_p(sums: Tensor) -> Tensor:
+def direction_layer_log_p(sums: Sums) -> Sums:
     """ln of the bound for all heads of a layer together, from sums [..., H, d + 3]: [...].
 
     The best of three, paid for looking three times: the bound for all sequences of all heads as one
     row (a bias that has one sign in all heads, as an offset of δ has), Chernoff's bound on the sum
     over heads (one that doesn't), and the best single head, paid for looking at H of them.
     """
-    # the heads, and behind them all their sequences in one row
-    rows = torch.cat([sums, sums.sum(-2, keepdim=True)], dim=-2)
-    energy, log_p = direction_energy(rows), direction_log_p(rows)
-    heads = sums.shape[-2]
-    total = energy[..., :-1].sum(-1).clamp(min=heads)
-    together = -total / 2 + heads / 2 * (1 + (total / heads).log())
-    single, in_line = log_p[..., :-1].amin(-1) + math.log(heads), log_p[..., -1]
-    best = torch.minimum(torch.minimum(together, single), in_line)
-    return (best + math.log(3)).clamp(max=0.0)
+    xp, heads = _library(sums), sums.shape[-2]
+    energy = direction_energy(sums)
+    total = energy.sum(-1).clip(heads)
+    together = heads / 2 * (1 + xp.log(total / heads)) - total / 2
+    # the largest energy has the smallest bound
+    single = math.log(2 * heads) - xp.amax(energy, -1) / 2
+    # the heads' sequences behind one another are one row
+    in_line = math.log(2) - direction_energy(sums.sum(-2)) / 2
+    best = xp.minimum(xp.minimum(together, single), in_line)
+    return (best + math.log(3)).clip(None, 0.0)
 
 
-def spread_log_p(squares: Tensor, count: Tensor, sigma: float) -> Tensor:
+def spread_log_p(squares: Sums, count: Sums, sigma: float) -> Sums:
     """ln of a bound on P(rounding alone makes residuals this large), at most 0; any shape.
 
     Of a residual that is over what rounding leaves (query–key) not even the sign has to be the same
@@ -113,12 +127,18 @@ def spread_log_p(squares: Tensor, count: Tensor, sigma: float) -> Tensor:
     Returns:
         0 where nothing was counted or the mean square is within ``sigma``².
     """
-    ratio = (squares / (count * sigma**2)).nan_to_num(0.0).clamp(min=1.0)
-    return count / 2 * (1 + ratio.log() - ratio)
+    xp = _library(squares)
+    ratio = xp.nan_to_num(squares / (count * sigma**2)).clip(1.0)
+    return count / 2 * (1 + xp.log(ratio) - ratio)
+
+
+def _library(sums: Sums) -> ModuleType:
+    """Whose functions take it."""
+    return torch if isinstance(sums, Tensor) else np
 
 
 class SampleWindow:
-    """The last samples' sums of each unit, in a buffer of fixed size.
+    """The last samples' sums of each unit, in a buffer of fixed size on the host.
 
     Short windows see a new fault soon, long ones a small one at all.
 
@@ -128,28 +148,23 @@ class SampleWindow:
         lengths: of the windows, in samples.
     """
 
-    def __init__(
-        self,
-        units: int,
-        width: int,
-        lengths: Sequence[int],
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, units: int, width: int, lengths: Sequence[int]) -> None:
         #: the newest first
-        self._samples = torch.zeros(
-            max(lengths), units, width, dtype=torch.float64, device=device
+        self._samples = np.zeros((max(lengths), units, width))
+        self._mask = np.array(
+            [[float(age < length) for age in range(max(lengths))] for length in lengths]
         )
-        mask = [[float(age < length) for age in range(max(lengths))] for length in lengths]
-        self._mask = torch.tensor(mask, dtype=torch.float64).to(device)
 
-    def add(self, sums: Tensor) -> None:
+    def add(self, sums: np.ndarray) -> None:
         """Take in one sample's finite sums [units, width], of all ranks and micro-batches."""
-        self._samples = torch.cat([sums.unsqueeze(0), self._samples[:-1]])
+        self._samples[1:] = self._samples[:-1]
+        self._samples[0] = sums
 
-    def sums(self) -> Tensor:
-        """Sums over the last samples, [windows, units, width]."""
-        return (self._mask @ self._samples.flatten(1)).unflatten(1, self._samples.shape[1:])
+    def sums(self) -> np.ndarray:
+        """Sums over the last samples, [windows, units, width] float64."""
+        samples = self._samples
+        return (self._mask @ samples.reshape(len(samples), -1)).reshape(-1, *samples.shape[1:])
 
     def clear(self) -> None:
         """Forget all samples, after a rollback for instance."""
-        self._samples.zero_()
+        self._samples.fill(0.0)
