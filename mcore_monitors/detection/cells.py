@@ -5,8 +5,9 @@ What the numbers are for is told in :mod:`.band`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -39,7 +40,7 @@ def _median(rows: np.ndarray) -> np.ndarray:
     ordered = rows.copy()
     ordered.sort(axis=1)  # NaN comes last
     last = rows.shape[1] - 1
-    if not np.isnan(ordered[:, last]).any():
+    if math.isfinite(ordered[:, last].sum()):
         return (ordered[:, last // 2] + ordered[:, (last + 1) // 2]) / 2
     count = np.isfinite(rows).sum(axis=1)
     row = np.arange(len(rows))
@@ -71,11 +72,20 @@ class Cells:
         self.config, self.whole = config, whole
         self._infos = [SIGNALS[base_name(signal)] for signal, _ in self.places]
         self._scales = [scale_of(info.name) for info in self._infos]
+        #: what brings values to their scales, and the places whose values it is for
+        self._forwards: list[tuple[Callable[[np.ndarray], np.ndarray], slice]] = []
+        for forward, alike in groupby(range(len(self.places)), lambda i: self._scales[i].forward):
+            rows = list(alike)
+            self._forwards.append((forward, slice(rows[0], rows[-1] + 1)))
         self._watch = self._infos[0].watch
         self._floor = np.array([scale.floor for scale in self._scales])
         self._least = np.array([scale.least for scale in self._scales]).repeat(units)
         n = len(self.places) * units
         self.reference = np.full((n, config.reference), np.nan)
+        #: how many samples are in it
+        self.admitted = np.zeros(n, dtype=int)
+        #: of the last references, in any order: the next one goes where ``remembered`` points to
+        self.remembered = 0
         self.medians = np.full((n, _MEMORY * config.reference), np.nan)
         self.spreads = np.full_like(self.medians, np.nan)
         self.waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()
@@ -87,6 +97,7 @@ class Cells:
         self.raised: dict[int, Alarm] = {}
         #: signals (without windows) of cells that have been judged
         self.judged: set[str] = set()
+        self._names = len({info.name for info in self._infos})
         #: spread that the units of each place share; 0 where too few are judged
         self.pooled = np.zeros(len(self.places))
 
@@ -96,9 +107,11 @@ class Cells:
         part = Cells([self.places[i] for i in kept], self.units, self.config, whole=self.whole)
         rows = [i * self.units + unit for i in kept for unit in range(self.units)]
         for name in (
-            "reference", "medians", "spreads", "side", "streak", "onset", "away", "calm",
+            "reference", "admitted", "medians", "spreads", "side", "streak", "onset", "away",
+            "calm",
         ):  # fmt: skip
             setattr(part, name, getattr(self, name)[rows])
+        part.remembered = self.remembered
         part.waiting.extend((level[rows], admitted[rows]) for level, admitted in self.waiting)
         part.raised = {
             i: self.raised[cell] for i, cell in enumerate(rows) if cell in self.raised
@@ -108,10 +121,7 @@ class Cells:
 
     def levels(self, values: np.ndarray) -> np.ndarray:
         """Values [places, units] on the scales of their signals."""
-        parts, upto = [], 0
-        for forward, alike in groupby(self._scales, key=lambda scale: scale.forward):
-            first, upto = upto, upto + len(list(alike))
-            parts.append(forward(values[first:upto]))
+        parts = [forward(values[places]) for forward, places in self._forwards]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def means(self, values: np.ndarray) -> dict[Place, list[float]]:
@@ -132,7 +142,7 @@ class Cells:
         self.spreads[cells] = np.nan
         for _, admitted in self.waiting:
             admitted[cells] = False
-        for counter in (self.streak, self.away, self.calm):
+        for counter in (self.admitted, self.streak, self.away, self.calm):
             counter[cells] = 0
         for cell in np.flatnonzero(cells):
             self.raised.pop(int(cell), None)
@@ -149,7 +159,7 @@ class Cells:
         Args:
             least: [places] the spread is never below this.
         """
-        judged = np.isfinite(self.reference).sum(axis=1) >= LEAST_REFERENCE
+        judged = self.admitted >= LEAST_REFERENCE
         median = _median(self.reference)
         spread = _MAD_TO_SIGMA * _median(np.abs(self.reference - median[:, None]))
         floor = np.maximum(least, self._floor)
@@ -162,12 +172,14 @@ class Cells:
         spread = np.maximum(spread, floor.repeat(self.units))
         if self._watch == "both":
             return median, median, spread, judged
-        for memory, now in ((self.medians, median), (self.spreads, spread)):
-            memory[:, :-1] = memory[:, 1:]
-            memory[:, -1] = np.where(judged, now, np.nan)
+        at, held = self.remembered, self.medians.shape[1]
+        self.medians[:, at % held] = np.where(judged, median, np.nan)
+        self.spreads[:, at % held] = np.where(judged, spread, np.nan)
+        self.remembered = at + 1
+        upto = min(at + 1, held)
         best = np.fmax if self._watch == "low" else np.fmin
-        spread = np.fmax(spread, _median(self.spreads))
-        return best.reduce(self.medians, axis=1), median, spread, judged
+        spread = np.fmax(spread, _median(self.spreads[:, :upto]))
+        return best.reduce(self.medians[:, :upto], axis=1), median, spread, judged
 
     def update(
         self, iteration: int, values: np.ndarray, least: np.ndarray | float = 0.0
@@ -181,19 +193,48 @@ class Cells:
         Returns:
             The alarms that the sample raised.
         """
-        config = self.config
         finite = np.isfinite(values)
-        read = np.where(finite, values, 1.0).reshape(-1, self.units)
-        level = self.levels(read).ravel()
+        read = values if finite.all() else np.where(finite, values, 1.0)
+        level = self.levels(read.reshape(-1, self.units)).ravel()
         centre, median, spread, judged = self.band(least)
         judged &= finite
         self._note(judged)
         z = np.where(judged, (level - centre) / spread, 0.0)
-        from_median = z if median is centre else np.where(judged, (level - median) / spread, 0.0)
+        outside = strays = self._strays(z)
+        if median is not centre:
+            strays = self._strays(np.where(judged, (level - median) / spread, 0.0))
+        alarms: list[Alarm] = []
+        if outside.any():
+            alarms = self._count(iteration, values, level, centre, spread, z, judged, outside)
+        else:  # as nearly always; whoever was away and is read has come back
+            self.away[judged] = 0
+            self.streak[judged] = 0
+        if self.raised:
+            self._calm_down(judged & ~outside, outside)
+
+        self.waiting.append((level, finite & ~strays))
+        if len(self.waiting) > self.config.lag:
+            self._admit(*self.waiting.popleft())
+        settled = self.away >= _READAPT * self.config.reference
+        if settled.any():
+            self.forget(settled)
+        return alarms
+
+    def _count(
+        self,
+        iteration: int,
+        values: np.ndarray,
+        level: np.ndarray,
+        centre: np.ndarray,
+        spread: np.ndarray,
+        z: np.ndarray,
+        judged: np.ndarray,
+        outside: np.ndarray,
+    ) -> list[Alarm]:
+        """Count for how long cells have been outside and beyond; return the alarms."""
         side = np.sign(z)
-        outside = self._strays(z)
         large = np.abs(level - np.where(judged, centre, level)) > self._least
-        beyond = outside & large & (np.abs(z) > config.threshold)
+        beyond = outside & large & (np.abs(z) > self.config.threshold)
 
         returned = judged & (~outside | (side != self.side))
         self.away[returned] = 0
@@ -201,20 +242,14 @@ class Cells:
         self.onset[outside & (self.away == 0)] = iteration
         self.away[outside] += 1
         self.streak[beyond] += 1
+        # of a cell inside it says nothing: nothing is counted then that another side would end
         self.side[judged] = side[judged]
-        alarms = self._raise(iteration, values, centre, spread, z)
-        self._calm_down(judged & ~outside, outside)
-
-        self.waiting.append((level, finite & ~self._strays(from_median)))
-        if len(self.waiting) > config.lag:
-            self._admit(*self.waiting.popleft())
-        settled = self.away >= _READAPT * config.reference
-        if settled.any():
-            self.forget(settled)
-        return alarms
+        return self._raise(iteration, values, centre, spread, z)
 
     def _note(self, judged: np.ndarray) -> None:
         """Keep the signals of which a cell is judged."""
+        if len(self.judged) == self._names:
+            return
         of_places = judged.reshape(-1, self.units).any(axis=1).tolist()
         self.judged.update(
             info.name for info, here in zip(self._infos, of_places, strict=True) if here
@@ -291,5 +326,7 @@ class Cells:
                 del self.raised[cell]
 
     def _admit(self, level: np.ndarray, admitted: np.ndarray) -> None:
-        self.reference[admitted, :-1] = self.reference[admitted, 1:]
-        self.reference[admitted, -1] = level[admitted]
+        cells = slice(None) if admitted.all() else admitted
+        self.reference[cells, :-1] = self.reference[cells, 1:]
+        self.reference[cells, -1] = level[cells]
+        self.admitted[cells] += 1
