@@ -50,10 +50,10 @@ class Directions:
         """
         self._window.add(_finite(sums.reshape(-1, self.shape[-1])))
         windows = self._window.sums().reshape(-1, *self.shape)
-        # a unit that nobody counted has no direction: 0/0 is no bias
         biased = (direction_bias(windows) >= self._least).any(-1)
-        evidence = np.nan_to_num(-direction_layer_log_p(windows))
-        return np.where(biased, evidence, 0.0).max(0)
+        log_p = direction_layer_log_p(windows)
+        # a unit that nobody counted has no direction: 0/0 is no evidence
+        return np.where(biased & (log_p < 0), -log_p, 0.0).max(0)
 
     def clear(self) -> None:
         """Forget all samples."""

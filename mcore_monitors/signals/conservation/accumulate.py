@@ -128,7 +128,8 @@ def spread_log_p(squares: Sums, count: Sums, sigma: float) -> Sums:
         0 where nothing was counted or the mean square is within ``sigma``².
     """
     xp = _library(squares)
-    ratio = xp.nan_to_num(squares / (count * sigma**2)).clip(1.0)
+    ratio = squares / (count * sigma**2)
+    ratio = xp.where(ratio > 1, ratio, 1.0)
     return count / 2 * (1 + xp.log(ratio) - ratio)
 
 
