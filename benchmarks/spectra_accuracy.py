@@ -27,9 +27,9 @@ from torch import Tensor
 
 from mcore_monitors.signals.spectra import effective_rank
 from mcore_monitors.signals.update_spectra import (
-    Gram,
     UpdateGrams,
     UpdateSpectra,
+    WholeGram,
     spectra_from_grams,
 )
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
@@ -99,7 +99,7 @@ def grams(w: Weights, product: Callable[[Tensor], Tensor]) -> tuple[UpdateGrams,
     start = time.process_time()
     made = product(a), product(b)
     spent = time.process_time() - start
-    return UpdateGrams(*(Gram.of_whole(gram, update_first=True) for gram in made)), spent
+    return UpdateGrams(*map(WholeGram, made)), spent
 
 
 def float32_eigenvalues(pair: UpdateGrams) -> UpdateSpectra:

@@ -20,10 +20,10 @@ from ..signals.spike import spike
 from ..signals.update_spectra import (
     Gram,
     UpdateGrams,
-    UpdateSpectra,
+    WholeGram,
     delta2_spectrum,
-    spectra_from_grams,
     stacked_grams,
+    stacked_spectra,
 )
 from ..views import ModelView
 from ..windows import SELDOM, Grid
@@ -112,7 +112,7 @@ class AttentionUpdateMonitor(Monitor):
         self._parts = sorted(parts)
         self._pieces = share_out(model.attention)
         self._batches: list[Batch] | None = None
-        self._places: dict[tuple, torch.Tensor] = {}
+        self._places: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
         self._place, self._device = snapshots, model.device
         self.restart()
 
@@ -180,14 +180,14 @@ class AttentionUpdateMonitor(Monitor):
         if plain:
             olds = [self._snapshots.get(iteration - window, number) for window in plain]
             delta2 = _measured(delta2_spectrum(_grams(olds, new, heads)))
-            self._add(fields, f"heads/{batch.part}", plain, batch.heads, _block(delta2))
+            self._add(fields, f"heads/{batch.part}", plain, batch.heads, delta2)
         if record:
             olds = [self._snapshots.get(iteration - window, number) for window in record]
             grams = _grams(olds, new, heads)
-            found = _Columns(spectra_from_grams(grams), hidden=new.shape[-1])
+            found = _Columns(*stacked_spectra(grams), hidden=new.shape[-1])
             self._add(fields, f"heads/{batch.part}", record, batch.heads, found.delta2)
-            self._add(fields, f"records/{batch.part}", record, batch.heads, found.of_heads)
-            self._add(fields, f"groups/{batch.part}", record, batch.groups, found.of_groups)
+            self._add(fields, f"records/{batch.part}", record, batch.heads, *found.of_heads)
+            self._add(fields, f"groups/{batch.part}", record, batch.groups, *found.of_groups)
             self._persist(number, record, iteration, grams, olds, new, found.outliers, fields)
 
     def _persist(
@@ -214,7 +214,7 @@ class AttentionUpdateMonitor(Monitor):
         batch, times = self._batches[number], len(windows)
         heads = len(batch.heads)
         if len(apart) < times:
-            grams = UpdateGrams(*(_parts(gram, apart, times) for gram in grams))
+            grams = UpdateGrams(*(_parts(side, apart, times) for side in grams))
         left, right = (side.split(heads) for side in leading_coefficients(grams))
         for n, i in enumerate(apart):
             weights = (w for side in (olds[i], new) for w in side.tensor_split([heads]))
@@ -227,9 +227,8 @@ class AttentionUpdateMonitor(Monitor):
                 outliers.split(heads)[i],
             )
             if kept is not None:
-                block = _block(torch.stack(kept, dim=1))
-                name = f"persistence/{batch.part}"
-                self._add(fields, name, [windows[i]], batch.heads, block)
+                name, columns = f"persistence/{batch.part}", torch.stack(kept, dim=1)
+                self._add(fields, name, [windows[i]], batch.heads, columns)
 
     def _add(
         self,
@@ -237,20 +236,23 @@ class AttentionUpdateMonitor(Monitor):
         name: str,
         windows: list[int],
         places: torch.Tensor,
-        rows: torch.Tensor,
+        *columns: torch.Tensor,
     ) -> None:
-        """Add rows [windows × n, columns] to a field [windows, layers, units, columns].
+        """Add a count of one and columns to a field [windows, layers, units, 1 + columns].
 
         Args:
             places: [n], of each row of a window in a flat [layers × units].
+            columns: [windows × n, any], to stand side by side behind the count.
         """
         field = fields[name]
         key = name, tuple(windows), id(places)
         if key not in self._places:
             of_window = field[0, ..., 0].numel()
             starts = [of_window * self._windows.index(window) for window in windows]
-            self._places[key] = torch.cat([places + start for start in starts])
-        field.view(-1, field.shape[-1]).index_add_(0, self._places[key], rows)
+            rows = torch.cat([places + start for start in starts])
+            self._places[key] = rows, field.new_ones(len(rows), 1)
+        rows, count = self._places[key]
+        field.view(-1, field.shape[-1]).index_add_(0, rows, torch.cat([count, *columns], dim=1))
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings: Readings = {}
@@ -284,25 +286,28 @@ class AttentionUpdateMonitor(Monitor):
 
 
 class _Columns:
-    """What is recorded of the spectra of some heads and groups, as columns behind a count.
+    """What is recorded of the spectra of some heads and groups.
+
+    Args:
+        delta2: [H, 2d], spectra.
+        singles: [2 H + G, d], those of ΔW_q, of ΔW_k and of Δ3.
+        hidden: D.
 
     Attributes:
-        delta2, of_heads: [H, 1 + columns].
-        of_groups: [G, 1 + columns].
+        delta2: [H, columns].
+        of_heads, of_groups: columns [H, any], [G, any] that stand side by side.
         outliers: [H], outlying singular values of ΔW_q.
     """
 
-    def __init__(self, spectra: UpdateSpectra, hidden: int) -> None:
-        # Few calls on many rows: a zero is no direction, so Δ2's rows can be the others' length.
-        heads, groups, d = len(spectra.query), *spectra.key.shape
-        singles = torch.cat([spectra.query, spectra.key, spectra.delta3])
-        rows = torch.cat([torch.nn.functional.pad(singles, (0, d)), spectra.delta2])
-        query, key, delta3, delta2 = _measured(rows).split([heads, groups, heads, heads])
+    def __init__(self, delta2: torch.Tensor, singles: torch.Tensor, hidden: int) -> None:
+        heads = len(delta2)
+        groups = len(singles) - 2 * heads
+        query, key, delta3 = _measured(singles).split([heads, groups, heads])
         noise = torch.stack(spike(singles[: heads + groups], hidden), dim=1)
         in_query, in_key = noise.split([heads, groups])
-        self.delta2 = _block(delta2)
-        self.of_heads = _block(delta3, query, in_query)
-        self.of_groups = _block(key, in_key)
+        self.delta2 = _measured(delta2)
+        self.of_heads = delta3, query, in_query
+        self.of_groups = key, in_key
         self.outliers = in_query[:, _SPIKE.index("outliers")]
 
 
@@ -312,11 +317,6 @@ def _measured(squared: torch.Tensor) -> torch.Tensor:
     return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
 
 
-def _parts(gram: Gram, numbers: list[int], of: int) -> Gram:
-    """Some of so many equal parts of the matrices of a :class:`Gram`."""
-    return Gram(*(torch.cat([block.chunk(of)[n] for n in numbers]) for block in gram))
-
-
-def _block(*columns: torch.Tensor) -> torch.Tensor:
-    """A count of one in front of columns [n, any], side by side."""
-    return torch.cat([torch.ones_like(columns[0][:, :1]), *columns], dim=1)
+def _parts(gram: Gram | WholeGram, numbers: list[int], of: int) -> Gram | WholeGram:
+    """Some of so many equal parts of Gram matrices."""
+    return type(gram)(*(torch.cat([block.chunk(of)[n] for n in numbers]) for block in gram))

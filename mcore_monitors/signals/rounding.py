@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from .update_spectra import Gram, UpdateGrams
+from .update_spectra import Gram, UpdateGrams, WholeGram
 
 #: Halvings of the search for σ: 2⁻²⁴ of the first bracket.
 _HALVINGS = 24
@@ -96,17 +96,14 @@ def without_rounding(grams: UpdateGrams, query: Tensor, key: Tensor) -> UpdateGr
         grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`.
         query, key: [H, d], [G, d], of :func:`rounding_energy`.
     """
-    sides = (grams.query, query, True), (grams.key, key, False)
-    return UpdateGrams(*(_cleaned(*side) for side in sides))
+    return UpdateGrams(_cleaned(grams.query, query), _cleaned(grams.key, key))
 
 
-def _cleaned(gram: Gram, energy: Tensor, update_first: bool) -> Gram:
-    whole = gram.whole(update_first=update_first)
-    cleaned = gram._replace(update=gram.update - torch.diag_embed(energy))
-    nearest = _nearest_gram(
-        cleaned.whole(update_first=update_first), whole.diagonal(dim1=1, dim2=2).sqrt()
-    )
-    return Gram.of_whole(nearest, update_first=update_first)
+def _cleaned(gram: Gram | WholeGram, energy: Tensor) -> WholeGram:
+    whole = gram.whole(update_first=True)
+    size, cleaned = whole.diagonal(dim1=1, dim2=2).sqrt(), whole.clone()
+    cleaned.diagonal(dim1=1, dim2=2)[:, : energy.shape[1]].sub_(energy)
+    return WholeGram(_nearest_gram(cleaned, size))
 
 
 def _nearest_gram(matrix: Tensor, size: Tensor) -> Tensor:

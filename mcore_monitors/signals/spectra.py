@@ -40,7 +40,7 @@ def measures(singular_values_squared: Tensor) -> Measures:
     return Measures(
         effective_rank=entropy.exp(),
         spectral_entropy=entropy,
-        frobenius=torch.where(total.isfinite(), total, torch.nan).sqrt(),
+        frobenius=(total + (total - total)).sqrt(),  # inf − inf is NaN
         stable_rank=total / singular_values_squared.amax(-1),
     )
 

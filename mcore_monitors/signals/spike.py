@@ -56,18 +56,19 @@ def spike(singular_values_squared: Tensor, columns: int) -> Spike:
     """
     rows = singular_values_squared.shape[-1]
     n, m = min(rows, columns), max(rows, columns)
-    values = singular_values_squared[..., :n].double()
+    values = singular_values_squared.double()
+    if n < rows:
+        values = values[..., :n]
     ratio = n / m
-    noise = _median(values) / (m * _marchenko_pastur_median(ratio))  # σ² of one element
-    edge = _edge(n, m)
-    moved = values[..., :1] > 0
-    outliers = (values > noise[..., None] * edge).sum(-1, dtype=torch.float64)
+    noise = _median(values) / _marchenko_pastur_median(ratio)  # m σ², σ² that of one element
+    outliers = (values > noise * (_edge(n, m) / m)).sum(-1, dtype=torch.float64)
     # λ = (1 + x)(ratio + x)/x for a coherent singular value θ with x = θ²/(σ² m)
-    excess = values[..., 0] / (noise * m) - 1 - ratio
-    x = (excess + (excess.square() - 4 * ratio).clamp(min=0).sqrt()) / 2
-    strength = torch.where(outliers > 0, (x / n).sqrt(), 0.0)
-    good = values.isfinite().all(-1) & moved.squeeze(-1)
-    return Spike(torch.where(good, strength, torch.nan), torch.where(good, outliers, torch.nan))
+    excess = (values[..., :1] / noise).squeeze(-1) - (1 + ratio)
+    twice_x = excess + (excess.square() - 4 * ratio).clamp(min=0).sqrt()
+    strength = (twice_x / (2 * n)).sqrt().masked_fill_(outliers == 0, 0.0)
+    total = values.sum(-1)
+    one = total / total  # NaN where nothing moved or a value is not finite
+    return Spike(strength * one, outliers * one)
 
 
 def persistent_spike(
@@ -97,9 +98,9 @@ def persistent_spike(
 
 
 def _median(values: Tensor) -> Tensor:
-    """Mean of the two middle values along the last dimension, which is in descending order."""
+    """[..., 1], mean of the one or two middle values of the last dimension, which is in order."""
     n = values.shape[-1]
-    return (values[..., (n - 1) // 2] + values[..., n // 2]) / 2
+    return values[..., (n - 1) // 2 : n // 2 + 1].mean(-1, keepdim=True)
 
 
 def _edge(n: int, m: int) -> float:

@@ -17,7 +17,8 @@ No [D, D] matrix is ever formed. Two Gram matrices of size 2d hold everything:
     A = [ΔW_q; W_q],   A Aᵀ = [ΔW_q ΔW_qᵀ  ΔW_q W_qᵀ;  ·  W_q W_qᵀ]
     B = [W_k; ΔW_k],   B Bᵀ = [W_k W_kᵀ  ·;  ΔW_k W_kᵀ  ΔW_k ΔW_kᵀ]
 
-each symmetric, so three [d, d] blocks are formed of either (:class:`Gram`). Δ2 = Aᵀ B has as
+each symmetric, so three [d, d] blocks are formed of either (:class:`Gram`); small ones are formed
+whole, in fewer calls (:class:`WholeGram`). Δ2 = Aᵀ B has as
 squared singular values the eigenvalues of (A Aᵀ)(B Bᵀ), Δ3 those of the product of the two blocks
 ΔW ΔWᵀ, and ΔW_q and ΔW_k those of one block each. With A Aᵀ = Uᵀ U, U upper triangular, the first
 is the symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the factor that Δ3 needs.
@@ -40,8 +41,9 @@ _PIECE_BYTES = {"cpu": 2**20}
 _PIECE_BYTES_ELSEWHERE = 256 * 2**20
 
 #: Elements after each widened row. Rows whose distance is a power of two fall on the same few lines
-#: of the cache: without the gap the products take a twentieth longer on a CPU.
+#: of the cache: without the gap the products take a twentieth longer on a CPU. Short rows have none.
 _GAP = 64
+_SHORT = 4 * _GAP
 
 #: Rows of a matrix up to which calls cost more than the work in them. MKL's Cholesky takes ten
 #: times as long for 128 as for 64.
@@ -49,7 +51,7 @@ _SMALL = 64
 
 
 class Gram(NamedTuple):
-    """Gram matrices of [ΔW; W] in blocks, float64, with W the old weight [n, d, D]."""
+    """Gram matrices of [ΔW; W] in three blocks, float64, with W the old weight [n, d, D]."""
 
     update: Tensor
     """[n, d, d], ΔW ΔWᵀ."""
@@ -66,22 +68,42 @@ class Gram(NamedTuple):
             rows = [self.weight, self.cross.mT], [self.cross, self.update]
         return torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
 
-    @classmethod
-    def of_whole(cls, whole: Tensor, *, update_first: bool) -> Gram:
-        """The blocks of :meth:`whole`."""
-        d = whole.shape[1] // 2
-        first, second = whole[:, :d, :d], whole[:, d:, d:]
+
+class WholeGram(NamedTuple):
+    """As :class:`Gram`, each in one piece; blocks are views."""
+
+    matrix: Tensor
+    """[n, 2d, 2d], X Xᵀ for X = [ΔW; W]."""
+
+    @property
+    def update(self) -> Tensor:
+        d = self.matrix.shape[1] // 2
+        return self.matrix[:, :d, :d]
+
+    @property
+    def cross(self) -> Tensor:
+        d = self.matrix.shape[1] // 2
+        return self.matrix[:, :d, d:]
+
+    @property
+    def weight(self) -> Tensor:
+        d = self.matrix.shape[1] // 2
+        return self.matrix[:, d:, d:]
+
+    def whole(self, *, update_first: bool) -> Tensor:
+        """As :meth:`Gram.whole`; with ``update_first`` it is the matrix itself."""
         if update_first:
-            return cls(first, whole[:, :d, d:], second)
-        return cls(second, whole[:, d:, :d], first)
+            return self.matrix
+        n, m, _ = self.matrix.shape
+        return self.matrix.view(n, 2, m // 2, 2, m // 2).flip(1, 3).view(n, m, m)
 
 
 class UpdateGrams(NamedTuple):
     """Gram matrices of what a head's queries and keys were and became."""
 
-    query: Gram
+    query: Gram | WholeGram
     """n = H."""
-    key: Gram
+    key: Gram | WholeGram
     """n = G."""
 
 
@@ -160,11 +182,11 @@ def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGram
     found = [_gram(old, new, torch.float64) for old in olds]
     sides = []
     for blocks in zip(*found, strict=True):
-        split = [block.tensor_split([heads]) for block in blocks]
+        split = [block.split([heads, len(new) - heads]) for block in blocks]
         sides.append(
             split[0] if len(split) == 1 else [torch.cat(x) for x in zip(*split, strict=True)]
         )
-    return UpdateGrams(*(Gram(*blocks) for blocks in zip(*sides, strict=True)))
+    return UpdateGrams(*(type(found[0])(*blocks) for blocks in zip(*sides, strict=True)))
 
 
 @torch.no_grad()
@@ -177,17 +199,25 @@ def spectra_from_grams(
         grams: of :func:`update_grams`.
         gram_dtype: precision in which the Gram matrices were made.
     """
-    query, key = grams
-    heads = len(query.update)
+    delta2, singles = stacked_spectra(grams, gram_dtype=gram_dtype)
+    heads = len(delta2)
+    query, key, delta3 = singles.split([heads, len(singles) - 2 * heads, heads])
+    return UpdateSpectra(delta2, delta3, query, key)
+
+
+@torch.no_grad()
+def stacked_spectra(
+    grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """As :func:`spectra_from_grams`, spectra of one length in one tensor.
+
+    Returns:
+        [H, 2d], of Δ2; and [2 H + G, d], those of ΔW_q, of ΔW_k and of Δ3, one after the other.
+    """
+    query, key = (side.update for side in grams)
     first, delta2 = _delta2(grams, gram_dtype)
-    singles = torch.empty(
-        2 * heads + len(key.update), *first.shape[1:], dtype=first.dtype, device=first.device
-    )
-    torch.bmm(first @ of_heads(key.update, heads), first.mT, out=singles[:heads])
-    singles[heads : 2 * heads] = query.update
-    singles[2 * heads :] = key.update
-    d3, q, k = _eigenvalues_of(singles).tensor_split([heads, 2 * heads])
-    return UpdateSpectra(_eigenvalues_of(delta2), d3, q, k)
+    delta3 = torch.bmm(torch.bmm(first, of_heads(key, len(first))), first.mT)
+    return _eigenvalues_of(delta2), _eigenvalues_of(torch.cat([query, key, delta3]))
 
 
 @torch.no_grad()
@@ -229,19 +259,24 @@ def _no_reduced_precision() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
+def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram | WholeGram:
     """Gram matrices of [ΔW; W], W the old weight."""
     n, d, hidden = old.shape
     limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
     step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
     while n % step:
         step -= 1
-    # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
-    upper = torch.empty(n, d, 2 * d, dtype=dtype, device=old.device)
-    lower = torch.empty(n, d, d, dtype=dtype, device=old.device)
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
-    both = upper.new_empty(step, 2 * d, hidden + _GAP)[:, :, :hidden]
+    gap = _GAP if hidden > _SHORT else 0
+    both = torch.empty(step, 2 * d, hidden + gap, dtype=dtype, device=old.device)
+    if gap:
+        both = both[:, :, :hidden]
+    if 2 * d <= _SMALL:
+        return _whole_gram(old, new, both)
+    # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
+    upper = both.new_empty(n, d, 2 * d)
+    lower = both.new_empty(n, d, d)
     pieces, multiply = [tensor.split(step) for tensor in (old, new, upper, lower)], torch.bmm
     if step == 1:  # a plain product is a little faster than a batch of one
         both, multiply = both[0], torch.mm
@@ -255,6 +290,25 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram:
         multiply(weight, weight_t, out=second)
     upper = upper.double()
     return Gram(upper[:, :, :d], upper[:, :, d:], lower.double())
+
+
+def _whole_gram(old: Tensor, new: Tensor, both: Tensor) -> WholeGram:
+    """Small Gram matrices: a third more to multiply, and half of the calls.
+
+    Args:
+        old, new: [n, d, D], weights.
+        both: [step, 2d, D], a buffer for so many of them at a time.
+    """
+    (n, d, _), step = old.shape, len(both)
+    update, weight = both.split(d, dim=1)
+    both_t, whole = both.mT, both.new_empty(n, 2 * d, 2 * d)
+    tensors = old, new, whole
+    pieces = [tensors] if step == n else zip(*(t.split(step) for t in tensors), strict=True)
+    for before, now, product in pieces:
+        weight.copy_(before)
+        update.copy_(now).sub_(weight)
+        torch.bmm(both, both_t, out=product)
+    return WholeGram(whole.double())
 
 
 def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -271,8 +325,8 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # unit length; Cholesky needs them lifted over zero.
     lift = 2 * d * (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float64).eps)
     if 2 * d <= _SMALL:
-        factor, absent = _factor(query.whole(update_first=True), lift)
-        factor.diagonal(dim1=1, dim2=2).sub_(absent)
+        factor, absent = _factor(query.whole(update_first=True).clone(), lift)
+        factor.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
         inner = of_heads(key.whole(update_first=False), heads)
         return factor[:, :d, :d], torch.bmm(torch.bmm(factor, inner), factor.mT)
 
@@ -280,10 +334,11 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
     rest = torch.baddbmm(query.weight, across.mT, across, alpha=-1)
     last, absent = _factor(rest, lift, query.weight)
-    first.diagonal(dim1=1, dim2=2).sub_(still)
-    last.diagonal(dim1=1, dim2=2).sub_(absent)
+    first.diagonal(dim1=1, dim2=2).masked_fill_(still, 0.0)
+    last.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
 
-    update, cross, weight = (of_heads(block, heads) for block in key)
+    blocks = key.update, key.cross, key.weight
+    update, cross, weight = (of_heads(block, heads) for block in blocks)
     left = torch.baddbmm(first @ weight, across, cross)
     right = torch.baddbmm(first @ cross.mT, across, update)
     delta2 = torch.empty(heads, 2 * d, 2 * d, dtype=left.dtype, device=left.device)
@@ -304,13 +359,13 @@ def _factor(matrix: Tensor, lift: float, of: Tensor | None = None) -> tuple[Tens
 
     Relative to each row, because rows of ΔW and of W are of very unlike size; ``of`` is the matrix
     itself where it isn't given. Overwrites the matrix. NaN on the diagonal where it is not positive
-    or not finite. A row that has none but zeros gets a one on its diagonal, to be taken off again:
-    the second answer, [n, m].
+    or not finite. A row that has none but zeros gets a one on its diagonal, to be made a zero
+    again: the second answer says where, [n, m].
     """
     own = matrix.diagonal(dim1=1, dim2=2)
     size = own if of is None else of.diagonal(dim1=1, dim2=2)
-    empty = (size == 0).double()
-    own.add_(size, alpha=lift).add_(empty)
+    empty = size == 0
+    own.add_(size, alpha=lift).masked_fill_(empty, 1.0)
     factor, failed = _cholesky(matrix)
     factor.diagonal(dim1=1, dim2=2).masked_fill_(failed[:, None], torch.nan)
     return factor, empty
