@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from mcore_monitors.errors import MonitorsError
@@ -37,10 +38,42 @@ def _column(values: Iterable[float | None]) -> list[float | None]:
     ]
 
 
-def _row(layer: int, values: Iterable[float]) -> str:
+@cache
+def _row_format(n: int) -> str:
+    return ",".join([f"%{_FORMAT}"] * n)
+
+
+def _text(values: Sequence[float]) -> str | None:
+    """Finite values in seven digits, a comma between two; None where one is not a finite number.
+
+    One operation, however many there are.
+    """
+    try:
+        text = _row_format(len(values)) % tuple(values)
+    except TypeError:
+        return None
+    return None if "n" in text else text  # as in nan and inf
+
+
+def _row(layer: int, values: Sequence[float]) -> str:
     """A layer's values in JSON, as :func:`_column` has them."""
-    numbers = ["null" if x - x != 0 else format(x, _FORMAT) for x in values]
-    return f'"{layer}":[{",".join(numbers)}]'
+    text = _text(values)
+    if text is None:
+        text = ",".join(["null" if x - x != 0 else format(x, _FORMAT) for x in values])
+    return f'"{layer}":[{text}]'
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """Values as they come back from a record: seven digits, NaN for what is not finite."""
+    text = _text(values)
+    if text:
+        return [float(x) + 0.0 for x in text.split(",")]
+    return [math.nan if x is None else x for x in _column(values)]
+
+
+#: text of a record without spaces
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_key = cache(_ENCODER.encode)
 
 
 @dataclass(kw_only=True)
@@ -80,10 +113,7 @@ class Sample:
             grad_norm=_column(self.grad_norm),
             learning_rate=_finite(self.learning_rate),
             signals={
-                name: {
-                    layer: [math.nan if x is None else x for x in _column(values)]
-                    for layer, values in layers.items()
-                }
+                name: {layer: _rounded(values) for layer, values in layers.items()}
                 for name, layers in self.signals.items()
                 if wanted(name)
             },
@@ -91,7 +121,16 @@ class Sample:
 
     def to_record(self) -> dict[str, Any]:
         """Return the history record: JSON-ready, null for what is not finite, seven digits."""
-        return {
+        head, tail = self._around_signals()
+        signals = {
+            name: {str(layer): _column(values) for layer, values in layers.items()}
+            for name, layers in self.signals.items()
+        }
+        return {**head, "signals": signals, **tail}
+
+    def _around_signals(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What stands in a record before its signals, and behind them."""
+        head = {
             "v": RECORD_VERSION,
             "iteration": int(self.iteration),
             "attempt": int(self.attempt),
@@ -101,21 +140,17 @@ class Sample:
             "loss": _column(self.loss),
             "grad_norm": _column(self.grad_norm),
             "learning_rate": _finite(self.learning_rate),
-            "signals": {
-                name: {str(layer): _column(values) for layer, values in layers.items()}
-                for name, layers in self.signals.items()
-            },
-            "cost_seconds": _finite(self.cost_seconds),
         }
+        return head, {"cost_seconds": _finite(self.cost_seconds)}
 
     def to_json(self) -> str:
         """Return the text of :meth:`to_record`: its numbers are not read back in between."""
-        head = json.dumps(replace(self, signals={}).to_record(), separators=(",", ":"))
+        head, tail = map(_ENCODER.encode, self._around_signals())
         signals = ",".join(
-            f"{json.dumps(name)}:{{{','.join(map(_row, layers, layers.values()))}}}"
+            f"{_key(name)}:{{{','.join(map(_row, layers, layers.values()))}}}"
             for name, layers in self.signals.items()
         )
-        return head.replace('"signals":{}', f'"signals":{{{signals}}}', 1)
+        return f'{head[:-1]},"signals":{{{signals}}},{tail[1:]}'
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Sample:
