@@ -43,6 +43,9 @@ class Packed:
         self._sizes = [math.prod(shape) for shape in schema.values()]
         self._flat = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.fields = self._views(self._flat)
+        # views are made once: for a small model they cost as much as the collective
+        self._host = torch.empty(self._flat.shape, dtype=torch.float64, device="cpu")
+        self._reduced = self._views(self._host)
 
     def _views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         parts = flat.split_with_sizes(self._sizes)
@@ -62,13 +65,14 @@ class Packed:
         The copy to the host is the one synchronisation of a sample. The buffer is zero afterwards.
 
         Returns:
-            field name to float64 CPU tensor, the same on every rank.
+            field name to float64 CPU tensor, the same on every rank. They hold until the next call,
+            which writes into them.
         """
         if in_use():
             dist.all_reduce(self._flat)
-        reduced = self._views(self._flat.to("cpu", copy=True))
+        self._host.copy_(self._flat)
         self._flat.zero_()
-        return reduced
+        return self._reduced
 
 
 def broadcast_code(code: int, device: torch.device) -> int:

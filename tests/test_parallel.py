@@ -31,12 +31,12 @@ def test_layout() -> None:
 def test_what_was_reduced_stays_while_the_buffer_starts_anew() -> None:
     packed = Packed(SCHEMA, CPU)
     packed.fields["loss"] += 1
-    first = packed.reduce()
+    reduced = packed.reduce()
+    assert reduced["loss"].tolist() == [1, 1, 1]
     assert not any(f.any() for f in packed.fields.values())
     packed.fields["loss"] += 5
-    second = packed.reduce()
-    assert first["loss"].tolist() == [1, 1, 1]
-    assert second["loss"].tolist() == [5, 5, 5]
+    assert reduced["loss"].tolist() == [1, 1, 1]
+    assert packed.reduce()["loss"].tolist() == [5, 5, 5]
 
 
 def test_alone_nothing_is_sent() -> None:
