@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,4 +196,11 @@ def test_load_at_its_ends():
         assert signal(one).item() == pytest.approx(collapsed)
         assert signal(none).isnan()
         assert signal(3 * one).item() == signal(one).item()  # counts matter by their ratios only
-        assert signal(torch.stack([even, one])).shape == (2,)
+        both = signal(torch.stack([even, one]))
+        assert both.shape == (2,) and both.dtype == torch.float64
+        # and of an array on the host
+        array = torch.stack([even, one, none]).double().numpy()
+        with np.errstate(invalid="ignore"):
+            found = signal(array)
+        assert found.dtype == np.float64 and math.isnan(found[2])
+        assert found[:2].tolist() == pytest.approx(both.tolist())
