@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -36,15 +37,23 @@ class Piece:
         """Global numbers of the query groups, one a unit."""
         return [self.view.first_group + group for group, _ in self.units]
 
+    @cached_property
+    def _sliced(self) -> bool:
+        return self.heads_per_unit < self.view.heads_per_group
+
+    @cached_property
+    def _whole(self) -> bool:
+        every = len(self.units) == self.view.groups
+        return every and not self._sliced and self.view.read_groups is None
+
     def read(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Views on the live W_q [heads, d, D] and W_k [keys, d, D], one after the other."""
-        sliced = self.heads_per_unit < self.view.heads_per_group
-        if len(self.units) == self.view.groups and not sliced and self.view.read_groups is None:
+        if self._whole:
             query, key = self.view.read()
             return [query], [key]
         groups = sorted({group for group, _ in self.units})
         query, key = self.view.take(groups)
-        if not sliced or not groups:
+        if not self._sliced or not groups:
             return [query], [key]
         cuts = query.unflatten(0, (-1, self.heads_per_unit))
         of_group = self.view.heads_per_group // self.heads_per_unit

@@ -26,6 +26,7 @@ is the symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the fac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -41,7 +42,8 @@ _PIECE_BYTES = {"cpu": 2**20}
 _PIECE_BYTES_ELSEWHERE = 256 * 2**20
 
 #: Elements after each widened row. Rows whose distance is a power of two fall on the same few lines
-#: of the cache: without the gap the products take a twentieth longer on a CPU. Short rows have none.
+#: of the cache: without the gap the products take a twentieth longer on a CPU.
+#: Short rows have none.
 _GAP = 64
 _SHORT = 4 * _GAP
 
@@ -179,14 +181,14 @@ def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGram
     Returns:
         Gram matrices of len(olds) × H heads and as many groups, one comparison after the other.
     """
-    found = [_gram(old, new, torch.float64) for old in olds]
-    sides = []
-    for blocks in zip(*found, strict=True):
-        split = [block.split([heads, len(new) - heads]) for block in blocks]
-        sides.append(
-            split[0] if len(split) == 1 else [torch.cat(x) for x in zip(*split, strict=True)]
-        )
-    return UpdateGrams(*(type(found[0])(*blocks) for blocks in zip(*sides, strict=True)))
+    grams = [_gram(old, new, torch.float64) for old in olds]
+    form, sizes = type(grams[0]), [heads, len(new) - heads]
+    # of each comparison the blocks of its queries and those of its keys
+    found = [zip(*(block.split(sizes) for block in gram), strict=True) for gram in grams]
+    if len(found) == 1:
+        return UpdateGrams(*(form(*blocks) for blocks in found[0]))
+    sides = (map(torch.cat, zip(*side, strict=True)) for side in zip(*found, strict=True))
+    return UpdateGrams(*(form(*blocks) for blocks in sides))
 
 
 @torch.no_grad()
@@ -400,10 +402,11 @@ def _eigenvalues_of(gram: Tensor) -> Tensor:
     matrix is not finite: it gets zeros for those. No element of a Gram matrix is larger
     than its trace, which therefore tells.
     """
-    broken = ~gram.diagonal(dim1=1, dim2=2).sum(1).isfinite()[:, None]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
     # On a CPU asking costs little, and a pass over all matrices is a fortieth of the time.
-    whole = gram.device.type == "cpu" and not broken.any()
-    if not whole:
-        gram.masked_fill_(broken[:, :, None], 0.0)
+    if gram.device.type == "cpu" and math.isfinite(diagonal.sum().item()):
+        return symmetric_eigenvalues(gram).clamp_(min=0).flip(-1)
+    broken = ~diagonal.sum(1).isfinite()[:, None]
+    gram.masked_fill_(broken[:, :, None], 0.0)
     values = symmetric_eigenvalues(gram).clamp_(min=0).flip(-1)
-    return values if whole else values.masked_fill_(broken, torch.nan)
+    return values.masked_fill_(broken, torch.nan)

@@ -99,6 +99,8 @@ class MainWeights:
 
         Every data-parallel rank gives the same parameters in the same order.
         """
+        if not self._sharded:
+            return [self.local(p) for p in parameters]
         whole = {i: w for i, p in enumerate(parameters) if (w := _whole(p)) is not None}
         found: dict[int, torch.Tensor] = {}
         for optimizer, total in self._sharded:

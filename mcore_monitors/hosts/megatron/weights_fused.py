@@ -35,10 +35,11 @@ def split_qkv(
     Returns:
         ``(W_q [G * heads_per_group, d, D], W_k [G, d, D])``, views on ``weight``.
     """
-    per_group = weight.unflatten(0, (groups, -1, head_dim))  # [G, slots, d, D]
-    queries = per_group[:, :heads_per_group].flatten(0, 1)
-    key = per_group[:, heads_per_group * (2 if gated else 1)]
-    return queries, key
+    per_group = weight.view(groups, -1, head_dim, weight.shape[-1])  # [G, slots, d, D]
+    key = per_group.select(1, heads_per_group * (2 if gated else 1))
+    if heads_per_group == 1:
+        return per_group.select(1, 0), key
+    return per_group.narrow(1, 0, heads_per_group).flatten(0, 1), key
 
 
 def learned_scale(config: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -86,6 +87,8 @@ def fused_view(
         if split:
             mine = heads_per_group // ranks_per_group
             query = query[rank % ranks_per_group * mine :][:mine]
+        if not rest:
+            return query, key
         found = iter(rest)
         q_scale, k_scale = (None if s is None else next(found) for s in scales)
         return scaled(query, q_scale), scaled(key, k_scale)
