@@ -38,12 +38,15 @@ class OptimizerMonitor(Monitor):
         self._views = model.optimizer
         self._sums = StepSums(model.device)
 
+    def reads(self, layer: int, iteration: int) -> bool:
+        """Whether it is a layer's turn at the sample of an iteration."""
+        return (self._rhythm.turn(iteration) + layer) % self._every == 0
+
     def schema(self) -> dict[str, tuple[int, ...]]:
         return {"sums": (self._layers, len(SUMS))}
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        turn = self._rhythm.turn(iteration)
-        views = [v for v in self._views if (turn + v.layer) % self._every == 0]
+        views = [v for v in self._views if self.reads(v.layer, iteration)]
         for view in views:
             state = view.read()
             if state is not None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.deepspeed.gone_through import rollbacks  # noqa: F401 (a fixture)
-from tests.deepspeed.inside.layouts import ALONE, FOUR, TWO
+from tests.deepspeed.inside.layouts import (
+    ALONE,
+    COMPILED,
+    FOLLOWED,
+    FOUR,
+    LEFT_OUT,
+    TWO,
+    compiled,
+)
 from tests.deepspeed.inside.start import Walked, walk
 
 
@@ -18,7 +26,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Walked:
 @pytest.fixture(scope="session")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     """A walk through engines in two processes."""
-    return walk(tmp_path_factory.mktemp("two"), 2, TWO)
+    more = [x for operator, xs in COMPILED.items() if compiled(operator) for x in xs]
+    layouts = [*TWO, *FOLLOWED, *more, *LEFT_OUT.values()]
+    return walk(tmp_path_factory.mktemp("two"), 2, layouts)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,9 @@ def test_a_run_goes_back_in_place(rollbacks: Rollbacks, what: str) -> None:
     assert {s.attempt for s in late} == {1}
     shifts = [v for s in late for row in s.signals["attention/key_shift"].values() for v in row]
     assert max(shifts) < 1e-5
+    # two layers in turn, each with the step that led to its sample
+    turns = [list(s.signals["optimizer/adam_update_rms"]) for s in course]
+    assert turns == [[1 if s.iteration // INTERVAL % 2 else 2] for s in course]
     # the abandoned course stays on record
     left = [s.iteration for s in HistoryReader(folder / "run").read() if s.attempt == 0]
     assert left[-1] == ALARM

@@ -31,6 +31,7 @@ from .checkpoints import Checkpoints, order_for_all
 from .data import data_way
 from .describe import describe
 from .kss import LossScale, shape
+from .optimizer_state import take_optimizer
 from .remedies import LearningRate, start_drill, use_safe_attention
 from .rollback import go_back
 from .stream import largest_rate, take_stream, tapped_layers
@@ -110,6 +111,7 @@ class EngineMonitors:
         longest = getattr(config, "max_position_embeddings", None) or _LENGTH
         model.view.sequence_length = min(int(longest), _LENGTH)
         take_stream(model, engine)
+        self._adam = take_optimizer(model, engine, self._state)
         return model
 
     def _open(self, order: StartOrder | None) -> Runtime:
@@ -140,6 +142,8 @@ class EngineMonitors:
             tapped(self._model.outputs, observe_output, runtime),
             layers=tapped_layers(self._model.layers, runtime),
         )
+        if self._adam is not None:
+            self._adam.listen(runtime)
         if self._loss_scale is not None:
             runtime.shaping = shape(self.config.kss, self._model, self._state, self._loss_scale)
         if order is not None:

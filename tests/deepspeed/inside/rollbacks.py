@@ -50,7 +50,7 @@ def settings(folder: Path, **recovery: Any) -> dict[str, Any]:
         "interval": INTERVAL,
         "console": False,
         "wandb": {"enabled": False},
-        "monitors": {"attention_update": {"windows": [2]}},
+        "monitors": {"attention_update": {"windows": [2]}, "optimizer": {"every": 2}},
         "detection": {"windows": [2]},
         "drill": {"strength": 0.01, "from_iteration": FAULT},
         "recovery": {

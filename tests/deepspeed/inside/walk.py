@@ -3,9 +3,10 @@
     python -m tests.deepspeed.inside.walk FOLDER
 
 ``FOLDER/layouts.json`` is a list of layouts: name, model, stage, ep_size, accumulate and, if it has
-to be, dtype and steps. Each is trained with monitors and without. Rank 0 leaves the history in
-``FOLDER/NAME``, every rank its losses in ``FOLDER/NAME.RANK.json``, and what the views of the
-attention layers read at the end beside the model's own weights.
+to be, dtype, steps, and more of DeepSpeed's settings. Each is trained with monitors and without.
+Rank 0 leaves the history in ``FOLDER/NAME``, every rank in ``FOLDER/NAME.RANK.json`` its losses,
+what the views of the attention layers read at the end beside the model's own weights, the sums of
+the optimizer monitor and, where the layout is followed, what they are to be.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mcore_monitors.hosts.deepspeed.describe import describe
 from mcore_monitors.monitors.base import StepState
 from mcore_monitors.views import Replica
 
+from .adam import Followed, sums_of
 from .models import DeepSpeedModel, batch, huggingface_model, initialise, loss_of
 
 #: sequences of a step, whatever the layout
@@ -43,13 +45,16 @@ def monitors(folder: Path, layout: dict[str, Any]) -> dict[str, Any]:
         "monitors": {
             "attention_update": {"windows": [1, 2], "every": 1},
             "router": {"every": 1},
+            "optimizer": {"every": 1},
         },
         "detection": {"windows": [1, 2]},
     }
 
 
-def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> tuple[list[str], Any]:
-    """Train; returns the losses of this rank, exactly, and the engine."""
+def train(
+    layout: dict[str, Any], settings: dict[str, Any] | None
+) -> tuple[list[str], Any, dict[str, Any]]:
+    """Train; returns the losses of this rank, exactly, the engine, and what its steps did."""
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     ep_size, accumulate = layout["ep_size"], layout["accumulate"]
     config: dict[str, Any] = {
@@ -70,6 +75,9 @@ def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> tuple[list
         }
     if layout.get("dtype") == "bf16":
         config["bf16"] = {"enabled": True}
+    for name, value in layout.get("config", {}).items():
+        old = config.get(name)
+        config[name] = old | value if isinstance(old, dict) else value
     if settings is not None:
         config["mcore_monitors"] = settings
     torch.manual_seed(0)
@@ -85,6 +93,11 @@ def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> tuple[list
             {"params": parameters, "name": "all"}
         )
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    steps: dict[str, Any] = {} if settings is None else {"sums": sums_of(engine)}
+    followed = None
+    if settings is not None and "followed" in layout:
+        followed = Followed(engine, split=ep_size > 1, **layout["followed"])
+        steps["expected"] = followed.steps
     losses = []
     for step in range(layout.get("steps", STEPS)):
         pieces = batch(step, BATCH).chunk(world * accumulate)
@@ -93,7 +106,9 @@ def train(layout: dict[str, Any], settings: dict[str, Any] | None) -> tuple[list
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()).hex())
-    return losses, engine
+        if followed is not None:
+            followed.after_step()
+    return losses, engine, steps
 
 
 def weights(engine: Any) -> dict[str, Any]:
@@ -138,8 +153,9 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     rank = deepspeed.comm.get_rank()
     for layout in json.loads((folder / "layouts.json").read_text()):
-        watched, engine = train(layout, monitors(folder, layout))
+        watched, engine, steps = train(layout, monitors(folder, layout))
         result = {"with": watched, "weights": weights(engine), "without": train(layout, None)[0]}
+        result |= steps
         (folder / f"{layout['name']}.{rank}.json").write_text(json.dumps(result))
         print("DONE", layout["name"], flush=True)
 
