@@ -28,7 +28,7 @@ from ...signals.conservation import (
 )
 from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
 from ..base import Monitor, Readings, Rhythm, StepState
-from .border import AttentionBorder, Guard, NormBorder
+from .border import AttentionBorder, Guard, NormBorder, bare
 from .evidence import Directions, Spread
 from .limits import largest_spread, smallest_bias
 from .rows import AlikeRows
@@ -154,7 +154,7 @@ class ConservationMonitor(Monitor):
             logits.register_hook(self.guard(partial(self._on_router_gradient, layer)))
 
     def _on_router_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        self._alike.add("router", self._place("router/shift", layer, 0), gradient.detach())
+        self._alike.add("router", self._place("router/shift", layer, 0), bare(gradient))
 
     def on_output(self, layer: int, logits: torch.Tensor) -> None:
         """Watch the logits [..., V] over this rank's part of the vocabulary."""
@@ -162,7 +162,7 @@ class ConservationMonitor(Monitor):
             logits.register_hook(self.guard(partial(self._on_output_gradient, layer)))
 
     def _on_output_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        terms = vocabulary_shift_terms(gradient.detach())
+        terms = vocabulary_shift_terms(bare(gradient))
         if self._vocabulary.group.size > 1:
             signed, scale = (part.flatten() for part in terms)
             self._vocabulary.add("output/vocabulary_shift", layer, (signed, scale))

@@ -9,7 +9,7 @@ gradient never comes it goes with the graph.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -33,11 +33,23 @@ def _key_shift(dk: torch.Tensor, q: torch.Tensor, o: torch.Tensor, do: torch.Ten
     return signed, scale, directions.permute(1, 2, 0, 3)
 
 
+#: residual to what makes its terms, and of which tensors
 _ATTENTION: dict[str, tuple[Callable[..., Terms], tuple[str, ...]]] = {
     "attention/key_shift": (_key_shift, ("dk", "q", "o", "do")),
     "attention/value_output": (value_output_terms, ("v", "dv", "o", "do")),
     "attention/query_key": (query_key_terms, ("q", "dq", "k", "dk")),
 }
+
+
+@cache
+def _names(signals: tuple[str, ...]) -> frozenset[str]:
+    """All tensors of some residuals."""
+    return frozenset(name for signal in signals for name in _ATTENTION[signal][1])
+
+
+def bare(gradient: torch.Tensor) -> torch.Tensor:
+    """What a hook got, without a graph: it only has one where the host differentiates twice."""
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 class AttentionBorder:
@@ -59,31 +71,39 @@ class AttentionBorder:
         deliver: Deliver,
         guard: Guard,
     ) -> None:
-        self._deliver, self._layout, self._some = deliver, call.layout, some
-        self._open = {signal: _ATTENTION[signal] for signal in some}
-        tensors = {
-            "q": (call.query, call.heads),
-            "k": (call.key, call.groups),
-            "v": (call.value, call.groups),
-            "o": (call.output, call.heads),
-        }
-        self._have = {n: call.arranged(x.detach(), heads) for n, (x, heads) in tensors.items()}
-        needed = {name for _, names in self._open.values() for name in names}
-        for name, (x, heads) in tensors.items():
+        self._deliver, self._layout = deliver, call.layout
+        #: residual to the sequences that it is taken of, until it has been
+        self._open = dict(some)
+        self._have: dict[str, torch.Tensor] = {}
+        needed = _names(tuple(some))
+        for name, x, heads in (
+            ("q", call.query, call.heads),
+            ("k", call.key, call.groups),
+            ("v", call.value, call.groups),
+            ("o", call.output, call.heads),
+        ):
+            if name in needed:
+                self._have[name] = call.arranged(x.data, heads)  # in half the time of ``detach``
             if f"d{name}" in needed and x.requires_grad:
                 # not a word of ``call`` in the hook: it holds the graph, which holds the hook
                 x.register_hook(guard(partial(self._arrived, f"d{name}", heads)))
 
     def _arrived(self, name: str, heads: int, gradient: torch.Tensor) -> None:
+        if name not in _names(tuple(self._open)):
+            return  # a second backward pass
         have = self._have
-        have[name] = arranged(gradient.detach(), heads, self._layout)
-        for signal, (terms, names) in list(self._open.items()):
-            if all(map(have.__contains__, names)):
-                del self._open[signal]
-                some = self._some[signal]
-                self._deliver(signal, terms(*[have[n][:, some] for n in names]))
-        for gone in have.keys() - set().union(*(names for _, names in self._open.values())):
-            del have[gone]
+        have[name] = arranged(bare(gradient), heads, self._layout)
+        done = [
+            signal
+            for signal in self._open
+            if name in _ATTENTION[signal][1] and have.keys() >= _names((signal,))
+        ]
+        for signal in done:
+            (terms, names), some = _ATTENTION[signal], self._open.pop(signal)
+            self._deliver(signal, terms(*[have[n][:, some] for n in names]))
+        if done:
+            for gone in have.keys() - _names(tuple(self._open)):
+                del have[gone]
 
 
 class NormBorder:
@@ -112,18 +132,18 @@ class NormBorder:
         longest = max(tokens, default=1)
         at = tokens.index(longest) if tokens else 0
         self._taken = (slice(None),) * at + (some(tokens.numel(), longest),) if tokens else ()
-        self._x, self._y = call.x.detach()[self._taken], call.y.detach()[self._taken]
+        self._x, self._y = call.x.data[self._taken], call.y.data[self._taken]
         self._dx = self._dy = None
         self._parts = watch_parts(call.x, call.y, guard(self._on_part))
         call.y.register_hook(guard(self._on_output))
 
     def _on_output(self, gradient: torch.Tensor) -> None:
-        self._dy = gradient.detach()[self._taken]
+        self._dy = bare(gradient)[self._taken]
 
     def _on_part(self, gradient: torch.Tensor) -> None:
         """Add a part of the input's gradient; what came is the engine's, which may write to it."""
-        part = gradient.detach()[self._taken]
-        self._dx = part.clone() if self._dx is None else self._dx + part
+        part = bare(gradient)[self._taken]
+        self._dx = part.clone() if self._dx is None else self._dx.add_(part)
         self._parts -= 1
         if self._parts == 0:  # less than none: a second backward pass
             self._deliver(self._x, self._dx, self._y, self._dy)

@@ -30,14 +30,21 @@ def watch_parts(
     Returns:
         number of parts that will come in one backward pass; 0 if y does not depend on x.
     """
-    takers, pending, met, parts = [], [y.grad_fn], {y.grad_fn}, 0
+    maker, output = x.grad_fn, x.output_nr
+    pending, met, parts = [y.grad_fn], {y.grad_fn}, 0
+    takers: list[tuple[Any, list[int]]] = []
     while pending:
         node = pending.pop()
         places = []
         for i, (behind, number) in enumerate(node.next_functions):
+            # the tensor's maker, or for a leaf its accumulator
             if behind is None:
                 continue
-            if _makes(behind, number, x):
+            if (
+                (behind is maker and number == output)
+                if maker is not None
+                else getattr(behind, "variable", None) is x
+            ):
                 places.append(i)
             elif behind not in met:
                 met.add(behind)
@@ -48,13 +55,6 @@ def watch_parts(
     for node, places in takers:
         node.register_hook(_sends(places, arrived))
     return parts
-
-
-def _makes(node: Any, number: int, x: torch.Tensor) -> bool:
-    """Whether this output of a node is the tensor: its maker, or for a leaf its accumulator."""
-    if x.grad_fn is not None:
-        return node is x.grad_fn and number == x.output_nr
-    return getattr(node, "variable", None) is x
 
 
 def _sends(

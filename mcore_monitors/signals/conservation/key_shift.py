@@ -89,7 +89,8 @@ def _terms(
     alpha = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keys = torch.linalg.vector_norm(dk, dim=-1, dtype=dtype).sum(0)
     rows = torch.linalg.vector_norm(row, dim=-1) * torch.linalg.vector_norm(query, dim=-1)
-    return dk.sum(0, dtype=dtype), keys + alpha * over_groups(rows.sum(0), dk.shape[2])
+    rows = over_groups(rows.sum(0), dk.shape[2])
+    return dk.sum(0, dtype=dtype), torch.add(keys, rows, alpha=alpha)
 
 
 def key_shift_from_terms(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

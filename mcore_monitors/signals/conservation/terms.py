@@ -22,8 +22,9 @@ def product_sums(
 ) -> tuple[Tensor, Tensor]:
     """Σ x∘dx and its scale Σ |x∘dx|^power over ``dims``, worked on in float32 or float64.
 
-    The squares are summed of lifted numbers and given in float64: the gradients of a head that has
-    nothing to learn are smaller than the root of float32's smallest number.
+    The squares are summed of lifted numbers, and stay so (:func:`paired_terms` brings them down):
+    the gradients of a head that has nothing to learn are smaller than the root of float32's
+    smallest number.
 
     float16 gradients below its smallest normal number have an absolute rounding error, not a
     relative one: in the scale they count as that number, and among squares also as a sum, since
@@ -31,19 +32,21 @@ def product_sums(
     """
     wide_x, wide_grad = wide(x), wide(grad)
     product = wide_x * wide_grad
-    scale = _size(product, power).sum(dims)
+    total = product.sum(dims)
+    scale = _size_(product, power).sum(dims)
     if grad.dtype == torch.float16:
         size = wide_grad.abs().clamp(min=torch.finfo(torch.float16).tiny)
-        counted = _size(wide_x * size, power).sum(dims)
+        counted = _size_(wide_x * size, power).sum(dims)
         if power == 2:
             below = wide_x.abs() * (wide_grad.abs() < torch.finfo(torch.float16).tiny)
             counted = counted + (below.sum(dims) * (_STEP * _LIFT)).square()
         scale = torch.where(scale == 0, scale, counted)
-    return product.sum(dims), scale if power == 1 else scale.double() * _LIFT**-2
+    return total, scale
 
 
-def _size(product: Tensor, power: int) -> Tensor:
-    return product.abs() if power == 1 else (product * _LIFT).square()
+def _size_(product: Tensor, power: int) -> Tensor:
+    """|product|, or the square of the lifted one, in its place."""
+    return product.abs_() if power == 1 else product.mul_(_LIFT).square_()
 
 
 def over_groups(x: Tensor, groups: int) -> Tensor:
@@ -72,6 +75,8 @@ def paired_terms(
     heads_sum, heads_scale = product_sums(of_heads, grad_of_heads, (0, 3), power)
     groups_sum, groups_scale = product_sums(of_groups, grad_of_groups, (0, 3), power)
     scale = groups_scale + over_groups(heads_scale, groups)
+    if power == 2:
+        scale = scale.double() * _LIFT**-2
     return over_groups(heads_sum, groups) - groups_sum, scale
 
 
