@@ -11,6 +11,7 @@ from tests.deepspeed.inside.layouts import (
     FOLLOWED,
     FOUR,
     LEFT_OUT,
+    PADDED,
     TWO,
     compiled,
 )
@@ -34,4 +35,4 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Walked:
 @pytest.fixture(scope="session")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     """A walk through engines in four processes."""
-    return walk(tmp_path_factory.mktemp("four"), 4, FOUR)
+    return walk(tmp_path_factory.mktemp("four"), 4, [*FOUR, PADDED])

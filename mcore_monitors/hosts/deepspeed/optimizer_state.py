@@ -42,7 +42,7 @@ _ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 
 
 @dataclass(eq=False, kw_only=True)
-class _Piece:
+class Piece:
     """The elements of one parameter that this rank counts: ``size`` of a main weight's."""
 
     layer: int
@@ -62,11 +62,11 @@ class AdamSteps:
     """Notes of an Adam's steps what is gone when the engine's step ends."""
 
     optimizer: torch.optim.Optimizer
-    pieces: list[_Piece]
+    pieces: list[Piece]
     state: StepState
     #: number of the first step that is searched for spikes: there is a history before it
     searched_from: int
-    _by_main: dict[int, list[_Piece]] = field(default_factory=dict)
+    _by_main: dict[int, list[Piece]] = field(default_factory=dict)
     _reads: Callable[[int, int], bool] = lambda layer, iteration: False
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class AdamSteps:
                         gone = mixed or made.step < self.searched_from
                         piece.noted = (made, None if gone else piece.of(main.grad).clone())
 
-    def _read(self, piece: _Piece) -> AdamState | None:
+    def _read(self, piece: Piece) -> AdamState | None:
         noted, piece.noted = piece.noted, None
         if noted is None:
             return None
@@ -139,7 +139,7 @@ def take_optimizer(found: ModuleDescription, engine: Any, state: StepState) -> A
         reason = _why_not_main(place.main, found.view)
         if reason is None:
             pieces.append(
-                _Piece(layer=layer, main=place.main, start=place.start, size=place.size)
+                Piece(layer=layer, main=place.main, start=place.start, size=place.size)
             )
         elif reason not in found.view.left_out:
             found.view.left_out.append(reason)

@@ -105,6 +105,8 @@ COMPILED = {
         ),
     ],
 }  # fmt: skip
+#: in four processes: their shards of 10 weights are 3, 3, 3 and 1 with two more to fill it up
+PADDED = followed("fp32, padded shards", "huggingface", 3) | {"head_dim": 10, "steps": 2}
 #: optimizers whose state is left out, with the reason
 LEFT_OUT = {
     "SGD is not an Adam that is known": layout("dense", 0, 1, 1)

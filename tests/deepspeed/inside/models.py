@@ -78,7 +78,7 @@ class DeepSpeedModel(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def huggingface_model(implementation: str = "sdpa") -> nn.Module:
+def huggingface_model(implementation: str = "sdpa", head_dim: int = 4) -> nn.Module:
     """Qwen3's mixture of experts: grouped queries, QK-norm, transformers' attention interface."""
     config = transformers.Qwen3MoeConfig(
         hidden_size=WIDTH,
@@ -87,7 +87,7 @@ def huggingface_model(implementation: str = "sdpa") -> nn.Module:
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=4,
+        head_dim=head_dim,
         vocab_size=VOCABULARY,
         num_experts=EXPERTS,
         num_experts_per_tok=2,

@@ -85,7 +85,7 @@ def train(
     if moe or layout["model"] == "dense":
         model = DeepSpeedModel(ep_size, moe)
     else:
-        model = huggingface_model()
+        model = huggingface_model(head_dim=layout.get("head_dim", 4))
     initialise(model, rank % ep_size, ep_size)
     parameters: Any = list(model.parameters())
     if moe:
