@@ -319,4 +319,5 @@ def _measured(squared: torch.Tensor) -> torch.Tensor:
 
 def _parts(gram: Gram | WholeGram, numbers: list[int], of: int) -> Gram | WholeGram:
     """Some of so many equal parts of Gram matrices."""
-    return type(gram)(*(torch.cat([block.chunk(of)[n] for n in numbers]) for block in gram))
+    parts = ([block.chunk(of)[n] for n in numbers] for block in gram)
+    return type(gram)(*(some[0] if len(some) == 1 else torch.cat(some) for some in parts))

@@ -54,7 +54,7 @@ class Persistence:
         if before is not None and before.iteration == iteration - period:
             overlap = direction_overlap(direction, before.direction)
             both = torch.stack([before.outliers, outliers])
-            streak = torch.where(persistent_spike(both, overlap[None]), before.streak + 1, 0.0)
+            streak = (before.streak + 1) * persistent_spike(both, overlap[None])
             answer = overlap.double(), streak
         self._seen[batch, window] = _Seen(iteration, direction, outliers, streak)
         return answer
