@@ -6,8 +6,8 @@ from .info import SignalInfo
 
 _TESTED = (
     "Megatron-core: TP 2 with sequence parallelism, EP 2, PP 2, DP 2 with and without the "
-    "distributed optimizer, fp32 and bf16, recompute, micro-batches. DeepSpeed: ZeRO 0 to 3 in fp32, "
-    "bf16 and fp16, expert parallelism, gradient accumulation"
+    "distributed optimizer, fp32 and bf16, recompute, micro-batches. DeepSpeed: ZeRO 0 to 3 in "
+    "fp32, bf16 and fp16, expert parallelism, gradient accumulation"
 )
 
 SIGNALS = (
