@@ -9,8 +9,9 @@ All on the same weights, in one process, on one thread, in float64, interleaved:
 route once, and a figure is the median over rounds. Times are CPU time of the process, which is the
 wall clock's on an idle machine. Routes:
 
-* ours: all four matrices (Δ2, Δ3, ΔW_q, ΔW_k) of all heads in one call;
-* ours for Δ2 alone: the same Gram matrices and the one eigenproblem of Δ2;
+* ours: the measures of all four matrices (Δ2, Δ3, ΔW_q, ΔW_k) of all heads in one call;
+* ours for Δ2 alone: the same Gram matrices and the measures of Δ2;
+* ours with all singular values, which spikes need of ΔW_q and ΔW_k, in the JSON file only;
 * dense: the D × D matrix Δ2 of one head and its singular values, times the number of heads;
 * looped QR: head by head and matrix by matrix, thin QR of the factors and the SVD of the small
   product, ΔW's from Δ3's factors; `tuned` is our own reference route called head by head, which
@@ -39,7 +40,8 @@ import torch
 from torch import Tensor
 
 from mcore_monitors.signals.spectra import effective_rank
-from mcore_monitors.signals.update_spectra import delta2_spectrum, update_grams, update_spectra
+from mcore_monitors.signals.update_measures import delta2_measures, update_measures
+from mcore_monitors.signals.update_spectra import update_grams, update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -134,9 +136,9 @@ def gemm_peak(dtype: torch.dtype) -> float:
 
 def errors(w: Weights, dense: Tensor) -> float:
     """Largest relative error of effective rank."""
-    got, reference = update_spectra(*w), update_spectra_qr(*w)
-    pairs = [(effective_rank(a), effective_rank(b)) for a, b in zip(got, reference, strict=True)]
-    pairs.append((effective_rank(got.delta2[0]), effective_rank(dense.square())))
+    got, reference = update_measures(*w), update_spectra_qr(*w)
+    pairs = [(a.effective_rank, effective_rank(b)) for a, b in zip(got, reference, strict=True)]
+    pairs.append((got.delta2.effective_rank[0], effective_rank(dense.square())))
     return max(((a - b).abs() / b).max().item() for a, b in pairs)
 
 
@@ -148,8 +150,9 @@ def measure(hidden: int, d: int, heads: int, groups: int, rounds: int) -> dict[s
     dense_seconds = time.process_time() - start
     times = interleaved(
         {
-            "ours": lambda: update_spectra(*w),
-            "ours_delta2": lambda: delta2_spectrum(update_grams(*w)),
+            "ours": lambda: update_measures(*w),
+            "ours_delta2": lambda: delta2_measures(update_grams(*w)),
+            "ours_spectra": lambda: update_spectra(*w),
             "grams": lambda: update_grams(*w),
             "looped_qr": lambda: looped_qr(w),
             "looped_qr_tuned": lambda: looped_qr_tuned(w),
@@ -180,6 +183,7 @@ def measure(hidden: int, d: int, heads: int, groups: int, rounds: int) -> dict[s
         "grams_ms": 1e3 * times["grams"],
         "dense_ms_per_head": 1e3 * times["dense"],
         "ours_delta2_ms": 1e3 * times["ours_delta2"],
+        "ours_all_singular_values_ms": 1e3 * times["ours_spectra"],
         "dense_over_ours": heads * times["dense"] / times["ours_delta2"],
         "dense_float32_over_ours": heads * times["dense32"] / times["ours_delta2"],
         "dense_delta2_over_ours_all4": heads * times["dense"] / ours,

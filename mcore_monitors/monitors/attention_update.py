@@ -15,16 +15,10 @@ import torch
 from ..catalogue import part_name
 from ..signals.direction import directions_of, leading_coefficients
 from ..signals.rounding import rounding_energy, without_rounding
-from ..signals.spectra import measures
+from ..signals.spectra import Measures, measures
 from ..signals.spike import spike
-from ..signals.update_spectra import (
-    Gram,
-    UpdateGrams,
-    WholeGram,
-    delta2_spectrum,
-    stacked_grams,
-    stacked_spectra,
-)
+from ..signals.update_measures import delta2_measures, recorded
+from ..signals.update_spectra import Gram, UpdateGrams, WholeGram, stacked_grams
 from ..views import ModelView
 from ..windows import SELDOM, Grid
 from .attention_shares import Batch, batches, share_out
@@ -134,7 +128,6 @@ class AttentionUpdateMonitor(Monitor):
         """Bytes held in snapshots on this rank."""
         return self._snapshots.nbytes
 
-    @torch.no_grad()
     def _read(self) -> list[torch.Tensor]:
         """This rank's weights as they are now: of each batch W_q and then W_k, [H + G, d, D]."""
         read = [piece.read() for piece in self._pieces]
@@ -146,6 +139,7 @@ class AttentionUpdateMonitor(Monitor):
             for batch in self._batches
         ]
 
+    @torch.no_grad()
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         due = self._grid.compared(iteration)
         ready = [window for window in due if iteration - window in self._snapshots]
@@ -179,12 +173,12 @@ class AttentionUpdateMonitor(Monitor):
         plain = [w for w in ready if w not in record]
         if plain:
             olds = [self._snapshots.get(iteration - window, number) for window in plain]
-            delta2 = _measured(delta2_spectrum(_grams(olds, new, heads)))
+            delta2 = _columns(delta2_measures(_grams(olds, new, heads)))
             self._add(fields, f"heads/{batch.part}", plain, batch.heads, delta2)
         if record:
             olds = [self._snapshots.get(iteration - window, number) for window in record]
             grams = _grams(olds, new, heads)
-            found = _Columns(*stacked_spectra(grams), hidden=new.shape[-1])
+            found = _Columns(*recorded(grams), hidden=new.shape[-1])
             self._add(fields, f"heads/{batch.part}", record, batch.heads, found.delta2)
             self._add(fields, f"records/{batch.part}", record, batch.heads, *found.of_heads)
             self._add(fields, f"groups/{batch.part}", record, batch.groups, *found.of_groups)
@@ -289,8 +283,8 @@ class _Columns:
     """What is recorded of the spectra of some heads and groups.
 
     Args:
-        delta2: [H, 2d], spectra.
-        singles: [2 H + G, d], those of ΔW_q, of ΔW_k and of Δ3.
+        delta2: [H], measures.
+        singles: [2 H + G, d], spectra of ΔW_q, of ΔW_k and of Δ3.
         hidden: D.
 
     Attributes:
@@ -299,21 +293,20 @@ class _Columns:
         outliers: [H], outlying singular values of ΔW_q.
     """
 
-    def __init__(self, delta2: torch.Tensor, singles: torch.Tensor, hidden: int) -> None:
-        heads = len(delta2)
+    def __init__(self, delta2: Measures, singles: torch.Tensor, hidden: int) -> None:
+        heads = len(delta2.frobenius)
         groups = len(singles) - 2 * heads
-        query, key, delta3 = _measured(singles).split([heads, groups, heads])
+        query, key, delta3 = _columns(measures(singles)).split([heads, groups, heads])
         noise = torch.stack(spike(singles[: heads + groups], hidden), dim=1)
         in_query, in_key = noise.split([heads, groups])
-        self.delta2 = _measured(delta2)
+        self.delta2 = _columns(delta2)
         self.of_heads = delta3, query, in_query
         self.of_groups = key, in_key
         self.outliers = in_query[:, _SPIKE.index("outliers")]
 
 
-def _measured(squared: torch.Tensor) -> torch.Tensor:
-    """The measures of spectra [n, values] that have a column of their own, [n, columns]."""
-    found = measures(squared)
+def _columns(found: Measures) -> torch.Tensor:
+    """The measures [n] that have a column of their own, [n, columns]."""
     return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
 
 

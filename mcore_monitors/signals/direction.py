@@ -61,7 +61,6 @@ def leading_directions(
     return directions_of(leading_coefficients(grams), wq_old, wk_old, wq_new, wk_new)
 
 
-@torch.no_grad()
 def directions_of(
     coefficients: tuple[Tensor, Tensor],
     wq_old: Tensor,
@@ -112,14 +111,13 @@ def _combined(coefficients: Tensor, old: Tensor, new: Tensor, weight_at: int) ->
     return combined.view(*coefficients.shape[:2], -1)
 
 
-@torch.no_grad()
 def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     """z and w [H, 2, 2d] with Aᵀ z and Bᵀ w along the leading singular vectors of Δ2 = Aᵀ B.
 
     Δ2 Δ2ᵀ Aᵀ z = Aᵀ (B Bᵀ)(A Aᵀ) z: z are the leading eigenvectors of the small product, and
     Δ2ᵀ Aᵀ z = Bᵀ (A Aᵀ) z. Needs no weights, so many windows may go through one call.
     """
-    heads, d = grams.query.update.shape[:2]
+    heads, d = len(grams.query[0]), grams.query.channels
     query = grams.query.whole(update_first=True)
     key = of_heads(grams.key.whole(update_first=False), heads)
     # Rows of A in unit length, so that small ΔW rows and large W rows stand on one scale, as the

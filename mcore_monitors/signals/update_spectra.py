@@ -17,11 +17,11 @@ No [D, D] matrix is ever formed. Two Gram matrices of size 2d hold everything:
     A = [ΔW_q; W_q],   A Aᵀ = [ΔW_q ΔW_qᵀ  ΔW_q W_qᵀ;  ·  W_q W_qᵀ]
     B = [W_k; ΔW_k],   B Bᵀ = [W_k W_kᵀ  ·;  ΔW_k W_kᵀ  ΔW_k ΔW_kᵀ]
 
-each symmetric, so three [d, d] blocks are formed of either (:class:`Gram`); small ones are formed
-whole, in fewer calls (:class:`WholeGram`). Δ2 = Aᵀ B has as
-squared singular values the eigenvalues of (A Aᵀ)(B Bᵀ), Δ3 those of the product of the two blocks
-ΔW ΔWᵀ, and ΔW_q and ΔW_k those of one block each. With A Aᵀ = Uᵀ U, U upper triangular, the first
-is the symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the factor that Δ3 needs.
+each symmetric, so three [d, d] blocks are formed of either (:class:`Gram`); where there is little
+to multiply they are formed whole, in fewer calls (:class:`WholeGram`). Δ2 = Aᵀ B has as squared
+singular values the eigenvalues of (A Aᵀ)(B Bᵀ), Δ3 those of the product of the two blocks ΔW ΔWᵀ,
+and ΔW_q and ΔW_k those of one block each. With A Aᵀ = Uᵀ U, U upper triangular, the first is the
+symmetric U (B Bᵀ) Uᵀ, and the leading block of the same U is the factor that Δ3 needs.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ _PIECE_BYTES_ELSEWHERE = 256 * 2**20
 
 #: Elements after each widened row. Rows whose distance is a power of two fall on the same few lines
 #: of the cache: without the gap the products take a twentieth longer on a CPU.
-#: Short rows have none.
 _GAP = 64
+#: Elements of a row that is too short for that.
 _SHORT = 4 * _GAP
 
 #: Rows of a matrix up to which calls cost more than the work in them. MKL's Cholesky takes ten
 #: times as long for 128 as for 64.
 _SMALL = 64
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 class Gram(NamedTuple):
@@ -61,6 +63,11 @@ class Gram(NamedTuple):
     """[n, d, d], ΔW Wᵀ."""
     weight: Tensor
     """[n, d, d], W Wᵀ."""
+
+    @property
+    def channels(self) -> int:
+        """d."""
+        return self.update.shape[1]
 
     def whole(self, *, update_first: bool) -> Tensor:
         """[n, 2d, 2d]: X Xᵀ for X = [ΔW; W], or for [W; ΔW]."""
@@ -78,26 +85,31 @@ class WholeGram(NamedTuple):
     """[n, 2d, 2d], X Xᵀ for X = [ΔW; W]."""
 
     @property
+    def channels(self) -> int:
+        """d."""
+        return self.matrix.shape[1] // 2
+
+    @property
     def update(self) -> Tensor:
-        d = self.matrix.shape[1] // 2
-        return self.matrix[:, :d, :d]
+        """[n, d, d], ΔW ΔWᵀ."""
+        return self.matrix[:, : self.channels, : self.channels]
 
     @property
     def cross(self) -> Tensor:
-        d = self.matrix.shape[1] // 2
-        return self.matrix[:, :d, d:]
+        """[n, d, d], ΔW Wᵀ."""
+        return self.matrix[:, : self.channels, self.channels :]
 
     @property
     def weight(self) -> Tensor:
-        d = self.matrix.shape[1] // 2
-        return self.matrix[:, d:, d:]
+        """[n, d, d], W Wᵀ."""
+        return self.matrix[:, self.channels :, self.channels :]
 
     def whole(self, *, update_first: bool) -> Tensor:
         """As :meth:`Gram.whole`; with ``update_first`` it is the matrix itself."""
         if update_first:
             return self.matrix
-        n, m, _ = self.matrix.shape
-        return self.matrix.view(n, 2, m // 2, 2, m // 2).flip(1, 3).view(n, m, m)
+        d = self.channels
+        return self.matrix.view(-1, 2, d, 2, d).flip(1, 3).view(-1, 2 * d, 2 * d)
 
 
 class UpdateGrams(NamedTuple):
@@ -186,7 +198,8 @@ def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGram
     # of each comparison the blocks of its queries and those of its keys
     found = [zip(*(block.split(sizes) for block in gram), strict=True) for gram in grams]
     if len(found) == 1:
-        return UpdateGrams(*(form(*blocks) for blocks in found[0]))
+        query, key = found[0]
+        return UpdateGrams(form(*query), form(*key))
     sides = (map(torch.cat, zip(*side, strict=True)) for side in zip(*found, strict=True))
     return UpdateGrams(*(form(*blocks) for blocks in sides))
 
@@ -201,31 +214,34 @@ def spectra_from_grams(
         grams: of :func:`update_grams`.
         gram_dtype: precision in which the Gram matrices were made.
     """
-    delta2, singles = stacked_spectra(grams, gram_dtype=gram_dtype)
+    delta2, singles = map(gram_eigenvalues, products(grams, gram_dtype=gram_dtype))
     heads = len(delta2)
     query, key, delta3 = singles.split([heads, len(singles) - 2 * heads, heads])
     return UpdateSpectra(delta2, delta3, query, key)
 
 
 @torch.no_grad()
-def stacked_spectra(
-    grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64
+def products(
+    grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64, delta2_only: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`spectra_from_grams`, spectra of one length in one tensor.
+    """Positive matrices whose eigenvalues are the squared singular values; lower triangles.
+
+    Args:
+        grams, gram_dtype: as :func:`spectra_from_grams` has them.
+        delta2_only: leave the others out.
 
     Returns:
-        [H, 2d], of Δ2; and [2 H + G, d], those of ΔW_q, of ΔW_k and of Δ3, one after the other.
+        [H, 2d, 2d], of Δ2; and [2 H + G, d, d], those of ΔW_q, of ΔW_k and of Δ3, one after the
+        other.
     """
+    factor, delta2 = _delta2(grams, gram_dtype)
+    if delta2_only:
+        return delta2, delta2[:0]
     query, key = (side.update for side in grams)
-    first, delta2 = _delta2(grams, gram_dtype)
-    delta3 = torch.bmm(torch.bmm(first, of_heads(key, len(first))), first.mT)
-    return _eigenvalues_of(delta2), _eigenvalues_of(torch.cat([query, key, delta3]))
-
-
-@torch.no_grad()
-def delta2_spectrum(grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64) -> Tensor:
-    """Δ2 alone of :func:`spectra_from_grams`: squared singular values [H, 2d]."""
-    return _eigenvalues_of(_delta2(grams, gram_dtype)[1])
+    heads, d = query.shape[:2]
+    first = factor[:, :d, :d]
+    delta3 = torch.bmm(torch.bmm(first, of_heads(key, heads)), first.mT)
+    return delta2, torch.cat([query, key, delta3])
 
 
 def check_shapes(wq_old: Tensor, wk_old: Tensor, wq_new: Tensor, wk_new: Tensor) -> None:
@@ -274,7 +290,7 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram | WholeGram:
     both = torch.empty(step, 2 * d, hidden + gap, dtype=dtype, device=old.device)
     if gap:
         both = both[:, :, :hidden]
-    if 2 * d <= _SMALL:
+    elif 2 * d <= _SMALL:
         return _whole_gram(old, new, both)
     # The upper half of [ΔW; W][ΔW; W]ᵀ, and its lower right block.
     upper = both.new_empty(n, d, 2 * d)
@@ -314,23 +330,27 @@ def _whole_gram(old: Tensor, new: Tensor, both: Tensor) -> WholeGram:
 
 
 def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Leading block [H, d, d] of U, and U (B Bᵀ) Uᵀ [H, 2d, 2d], which has Δ2's eigenvalues.
+    """U or its leading block [H, d, d], and U (B Bᵀ) Uᵀ [H, 2d, 2d], which has Δ2's eigenvalues.
 
     Of the second only the lower triangle need be filled in. Small matrices are taken as a whole,
     in a third of the calls, larger ones block by block: U has no lower left block, and half of what
     is symmetric is enough.
     """
     query, key = grams
-    heads, d = query.update.shape[:2]
+    heads, d = len(query[0]), query.channels
     # A rank-deficient A (an update of rank one, D < 2d) has eigenvalues that round-off makes
     # negative, seen down to −n·eps/3 of the GEMM's format and a few n·eps of this one, with rows of
     # unit length; Cholesky needs them lifted over zero.
-    lift = 2 * d * (torch.finfo(dtype).eps + 4 * torch.finfo(torch.float64).eps)
+    lift = 2 * d * (torch.finfo(dtype).eps + 4 * _EPS)
     if 2 * d <= _SMALL:
-        factor, absent = _factor(query.whole(update_first=True).clone(), lift)
+        matrix = query.whole(update_first=True)
+        own = matrix.diagonal(dim1=1, dim2=2)
+        size = own.clone()
+        factor, absent = _factor(matrix, lift)
+        own.copy_(size)  # the Gram matrix is as it was
         factor.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
-        inner = of_heads(key.whole(update_first=False), heads)
-        return factor[:, :d, :d], torch.bmm(torch.bmm(factor, inner), factor.mT)
+        inner = of_heads(key.whole(update_first=False), heads)  # a copy, which takes the result
+        return factor, torch.bmm(torch.bmm(factor, inner), factor.mT, out=inner)
 
     first, still = _factor(query.update.clone(), lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
@@ -395,7 +415,7 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor, no_first | no_last
 
 
-def _eigenvalues_of(gram: Tensor) -> Tensor:
+def gram_eigenvalues(gram: Tensor) -> Tensor:
     """Eigenvalues, descending, not below zero; NaN for a matrix that is not finite.
 
     Reads the lower triangle [n, m, m] and may overwrite it. LAPACK refuses the whole batch when one

@@ -13,7 +13,8 @@ from mcore_monitors.signals import router
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
-from mcore_monitors.signals.update_spectra import delta2_spectrum, update_grams, update_spectra
+from mcore_monitors.signals.update_measures import delta2_measures, update_measures
+from mcore_monitors.signals.update_spectra import update_grams, update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 
@@ -43,9 +44,17 @@ def test_spectra(cuda, gram_dtype):
     for route in (update_spectra_qr, partial(update_spectra, gram_dtype=gram_dtype)):
         for spectrum, shape in zip(route(*w), shapes, strict=True):
             stays_on_card(spectrum, *shape)
-    stays_on_card(delta2_spectrum(update_grams(*w, gram_dtype=gram_dtype)), 8, 32)
+    for measure in delta2_measures(update_grams(*w, gram_dtype=gram_dtype)):
+        stays_on_card(measure, 8)
     for measure in measures(cuda(8, 32)):
         stays_on_card(measure, 8)
+
+
+def test_measures_of_large_heads(cuda):
+    w = [cuda(16, 64, 256), cuda(4, 64, 256), cuda(16, 64, 256), cuda(4, 64, 256)]
+    for found, heads in zip(update_measures(*w), (16, 16, 16, 4), strict=True):
+        for measure in found:
+            stays_on_card(measure, heads)
 
 
 def test_direction_and_spike(cuda):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from mcore_monitors.signals import update_measures as measuring
 from mcore_monitors.signals import update_spectra as module
 from mcore_monitors.signals.spectra import Measures, effective_rank, measures
+from mcore_monitors.signals.update_measures import delta2_measures, recorded, update_measures
 from mcore_monitors.signals.update_spectra import (
     UpdateSpectra,
-    delta2_spectrum,
+    spectra_from_grams,
     update_grams,
     update_spectra,
 )
@@ -72,17 +74,21 @@ def dense(wq_old, wk_old, wq_new, wk_new) -> UpdateSpectra:
     return UpdateSpectra(delta2, delta3, query, key[::repeats])
 
 
+def same_measures(got: Measures, want: Measures, rtol: float, name: str = ""):
+    for what, x, y in zip(Measures._fields, got, want, strict=True):
+        # An entropy may be zero: its absolute error is the effective rank's relative one.
+        relative, absolute = (0, rtol) if what == "spectral_entropy" else (rtol, 0)
+        torch.testing.assert_close(
+            x, y, rtol=relative, atol=absolute, msg=f"{name} {what}: {x} {y}"
+        )
+
+
 def assert_same_measures(got: UpdateSpectra, want: UpdateSpectra, rtol: float):
     """All four measures of all four matrices."""
     for name, one, other in zip(want._fields, got, want, strict=True):
         assert one.shape == other.shape and one.dtype == torch.float64
         assert (one.diff(dim=-1) <= 0).all(), "descending"
-        for what, x, y in zip(Measures._fields, measures(one), measures(other), strict=True):
-            # An entropy may be zero: its absolute error is the effective rank's relative one.
-            relative, absolute = (0, rtol) if what == "spectral_entropy" else (rtol, 0)
-            torch.testing.assert_close(
-                x, y, rtol=relative, atol=absolute, msg=f"{name} {what}: {x} {y}"
-            )
+        same_measures(measures(one), measures(other), rtol, name)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -137,11 +143,24 @@ def test_pieces_give_what_one_piece_gives(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-def test_delta2_alone(groups):
-    w = case(1e-3, 3, 0.01, 0.0, groups=groups)
-    alone = delta2_spectrum(update_grams(*w))
-    torch.testing.assert_close(alone, update_spectra(*w).delta2, rtol=1e-12, atol=0)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("shape", [(8, 40), (33, 96), (6, 5)])
+@pytest.mark.parametrize("rank, noise", [(8, 0.0), (1, 0.1), (1, 0.0)])
+@pytest.mark.parametrize("by", ["traces", "eigenvalues"])
+def test_measures_without_singular_values(monkeypatch, by, groups, shape, rank, noise):
+    monkeypatch.setattr(measuring, "LEAST_ROWS", 2 if by == "traces" else 10**6)
+    monkeypatch.setattr(measuring, "LEAST_ELEMENTS", 0)
+    w = case(1e-3, rank, noise, 0.5, groups=groups, shape=shape)
+    want, found = dense(*w), update_measures(*w)
+    for one, other in zip(found, want, strict=True):
+        same_measures(one, measures(other), 1e-9)
+    grams = update_grams(*w)
+    delta2, singles = recorded(grams)
+    spectra = spectra_from_grams(grams)
+    for alone in (delta2, delta2_measures(grams)):
+        same_measures(alone, found.delta2, 1e-12)
+    stacked = torch.cat([spectra.query, spectra.key, spectra.delta3])
+    torch.testing.assert_close(singles, stacked, rtol=0, atol=0)
 
 
 def test_planted_rank_one_update():

@@ -1,0 +1,77 @@
+"""How many directions the updates of queries and keys have, and how strong they are.
+
+The four measures of :mod:`.spectra` for the four matrices of :mod:`.update_spectra`, from their
+singular values or, where that is faster, without them (:mod:`.gram_measures`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gram_measures import LEAST_ELEMENTS, LEAST_ROWS, measures_by_traces
+from .spectra import Measures, measures
+from .update_spectra import UpdateGrams, gram_eigenvalues, products, update_grams
+
+
+class UpdateMeasures(NamedTuple):
+    """Measures, float64; NaN where a weight is not finite, and but for the norm where all is 0."""
+
+    delta2: Measures
+    """[H], of ΔW_qᵀ W_k + W_qᵀ ΔW_k."""
+    delta3: Measures
+    """[H], of ΔW_qᵀ ΔW_k."""
+    query: Measures
+    """[H], of ΔW_q."""
+    key: Measures
+    """[G], of ΔW_k."""
+
+
+@torch.no_grad()
+def update_measures(
+    wq_old: Tensor, wk_old: Tensor, wq_new: Tensor, wk_new: Tensor
+) -> UpdateMeasures:
+    """The measures of Δ2, Δ3, ΔW_q and ΔW_k of each head, in float64.
+
+    Args:
+        wq_old, wq_new: [H, d, D], query projection at the earlier and the later sample.
+        wk_old, wk_new: [G, d, D], key projection.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+
+    Give all heads, and where possible all windows and layers of equal shape, to one call. On a CUDA
+    device nothing waits for it.
+    """
+    delta2, singles = products(update_grams(wq_old, wk_old, wq_new, wk_new))
+    sizes = [len(wq_old), len(wk_old), len(delta2)]
+    parts = zip(*(column.split(sizes) for column in _measures_of(singles)), strict=True)
+    query, key, delta3 = (Measures(*columns) for columns in parts)
+    return UpdateMeasures(_measures_of(delta2), delta3, query, key)
+
+
+@torch.no_grad()
+def delta2_measures(grams: UpdateGrams) -> Measures:
+    """The measures [H] of Δ2 alone."""
+    return _measures_of(products(grams, delta2_only=True)[0])
+
+
+@torch.no_grad()
+def recorded(grams: UpdateGrams) -> tuple[Measures, Tensor]:
+    """The measures [H] of Δ2, and all singular values of the other matrices.
+
+    Returns:
+        and [2 H + G, d], squared, descending: those of ΔW_q, of ΔW_k and of Δ3 one after the other.
+    """
+    delta2, singles = products(grams)
+    return _measures_of(delta2), gram_eigenvalues(singles)
+
+
+def _measures_of(matrices: Tensor) -> Measures:
+    """Of Gram matrices [n, m, m]; reads the lower triangle and may overwrite it."""
+    large = matrices.shape[-1] >= LEAST_ROWS and matrices.numel() >= LEAST_ELEMENTS
+    if large and matrices.device.type == "cpu":
+        return measures_by_traces(matrices)
+    return measures(gram_eigenvalues(matrices))
