@@ -347,7 +347,7 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         own = matrix.diagonal(dim1=1, dim2=2)
         size = own.clone()
         factor, absent = _factor(matrix, lift)
-        own.copy_(size)  # the Gram matrix is as it was
+        own[:] = size  # the Gram matrix is as it was
         factor.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
         inner = of_heads(key.whole(update_first=False), heads)  # a copy, which takes the result
         return factor, torch.bmm(torch.bmm(factor, inner), factor.mT, out=inner)
