@@ -224,7 +224,7 @@ def test_nothing_waits_for_the_card() -> None:
             Piece(layer=1, main=main, start=5, size=20_000),
             Piece(layer=1, main=main, start=20_005, size=100),
         ]
-        steps = AdamSteps(optimizer=optimizer, pieces=pieces, state=state, searched_from=2)
+        steps = AdamSteps(optimizer, pieces, state, searched_from=2)
         model = ModelView(
             layers=2, heads=1, groups=1, experts=1, device=card, sequence_length=8,
             activation_dtype=torch.bfloat16, optimizer=steps.views(),

@@ -22,7 +22,7 @@ overflow never gets there: its sample has no reading.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -57,53 +57,69 @@ class Piece:
         return whole.detach().reshape(-1).narrow(0, self.start, self.size)
 
 
-@dataclass(kw_only=True)
 class AdamSteps:
-    """Notes of an Adam's steps what is gone when the engine's step ends."""
+    """Notes of an Adam's steps what is gone when the engine's step ends.
 
-    optimizer: torch.optim.Optimizer
-    pieces: list[Piece]
-    state: StepState
-    #: number of the first step that is searched for spikes: there is a history before it
-    searched_from: int
-    _by_main: dict[int, list[Piece]] = field(default_factory=dict)
-    _reads: Callable[[int, int], bool] = lambda layer, iteration: False
+    Args:
+        optimizer: the optimizer that DeepSpeed wraps.
+        pieces: what this rank counts.
+        state: the step in progress, which the runtime writes.
+        searched_from: number of the first step with a history of gradients, to find spikes by.
+    """
 
-    def __post_init__(self) -> None:
-        for piece in self.pieces:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        pieces: list[Piece],
+        state: StepState,
+        *,
+        searched_from: int,
+    ) -> None:
+        self._optimizer, self._pieces, self._state = optimizer, pieces, state
+        self._searched_from = searched_from
+        self._by_main: dict[int, list[Piece]] = {}
+        for piece in pieces:
             self._by_main.setdefault(id(piece.main), []).append(piece)
+        #: whether a layer is read at the sample of an iteration
+        self._reads: Callable[[int, int], bool] = lambda layer, iteration: False
 
     def views(self) -> list[OptimizerView]:
         """What the monitor reads; each once a sample."""
-        return [OptimizerView(layer=p.layer, read=partial(self._read, p)) for p in self.pieces]
+        return [OptimizerView(layer=p.layer, read=partial(self._read, p)) for p in self._pieces]
 
     def listen(self, runtime: Runtime) -> None:
         """Take notes from here on, where the monitor is on, of what it is about to read."""
         monitor = next((m for m in runtime.monitors if m.name == "optimizer"), None)
         if monitor is not None:
             self._reads = monitor.reads
-            self.optimizer.register_step_post_hook(runtime.guarded(monitor, self._note))
+            self._optimizer.register_step_post_hook(runtime.guarded(monitor, self._note))
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The wrapped optimizer has stepped on all or, under ZeRO, some of its main weights."""
         for group in optimizer.param_groups:
             stepped = [main for main in group["params"] if main.grad is not None]
             for main in stepped:
-                for piece in self._by_main.get(id(main), ()):
-                    if self._reads(piece.layer, self.state.iteration):
-                        # this one counts a group's steps with the last of its tensors
-                        counted = stepped[-1] if _is_fused(optimizer) else main
-                        made = _made(optimizer, group, optimizer.state[counted])
-                        # decay as a part of the gradient: what Adam took is nowhere whole
-                        mixed = group["weight_decay"] and not made.weight_decay
-                        gone = mixed or made.step < self.searched_from
-                        piece.noted = (made, None if gone else piece.of(main.grad).clone())
+                pieces = [
+                    piece
+                    for piece in self._by_main.get(id(main), ())
+                    if self._reads(piece.layer, self._state.iteration)
+                ]
+                if not pieces:
+                    continue
+                # FusedAdam counts the steps of a group with the last of its tensors
+                fused = type(optimizer).__name__ == "FusedAdam"
+                made = _made(optimizer, group, optimizer.state[stepped[-1] if fused else main])
+                # where decay is a part of the gradient, what Adam took is nowhere whole
+                mixed = group["weight_decay"] and not made.weight_decay
+                searched = made.step >= self._searched_from and not mixed
+                for piece in pieces:
+                    piece.noted = (made, piece.of(main.grad).clone() if searched else None)
 
     def _read(self, piece: Piece) -> AdamState | None:
         noted, piece.noted = piece.noted, None
         if noted is None:
             return None
-        state = self.optimizer.state[piece.main]
+        state = self._optimizer.state[piece.main]
         return AdamState(
             weight=piece.of(piece.main),
             gradient=noted[1],
@@ -143,11 +159,9 @@ def take_optimizer(found: ModuleDescription, engine: Any, state: StepState) -> A
             )
         elif reason not in found.view.left_out:
             found.view.left_out.append(reason)
-    # the copies are made with a step of their own, whose gradients are zero
-    began = 1 if type(engine.optimizer).__name__ in _COPIES else 0
-    steps = AdamSteps(
-        optimizer=optimizer, pieces=pieces, state=state, searched_from=began + 2
-    )
+    # where it keeps whole copies, DeepSpeed begins with a step on gradients of zero
+    begun = 1 if type(engine.optimizer).__name__ in _COPIES else 0
+    steps = AdamSteps(optimizer, pieces, state, searched_from=begun + 2)
     found.view.optimizer = steps.views()
     return steps
 
@@ -194,10 +208,6 @@ def _why_not_main(main: torch.Tensor, view: ModelView) -> str | None:
     if main.dtype != torch.float32:
         return f"optimizer signals: the main weights are {str(main.dtype).removeprefix('torch.')}"
     return None
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__name__ == "FusedAdam"
 
 
 def _made(
