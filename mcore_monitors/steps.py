@@ -74,7 +74,8 @@ class StepLog:
                     continue
                 table[2 * place + 1][slot] += 1
                 if isinstance(value, torch.Tensor):
-                    there.setdefault(2 * place, []).append((slot, value.detach()))
+                    value = value.detach() if value.requires_grad else value
+                    there.setdefault(2 * place, []).append((slot, value))
                 else:
                     table[2 * place][slot] += value
         field = fields[_FIELD]

@@ -12,6 +12,8 @@ from ..signals.attention import attention_activity, causal_bias
 from ..views import AttentionCall, ModelView
 from .base import Monitor, Readings, Rhythm, StepState, mean_by_layer
 
+_FIELDS = ("max_logit", "entropy", "sequences")
+
 
 class AttentionActivityMonitor(Monitor):
     """Makes some rows of the attention again at the border of each kernel, on sampled steps only.
@@ -36,15 +38,16 @@ class AttentionActivityMonitor(Monitor):
         state: StepState | None = None,
     ) -> None:
         self._shape = (model.layers, model.heads)
+        # largest logit, entropy, sequences: as in the fields, and views on each layer's heads
+        self._sums = torch.zeros(len(_FIELDS), *self._shape, dtype=torch.float64, device=model.device)
+        self._of_layer = {
+            layer: self._sums[:, layer - 1, view.first_head : view.first_head + view.heads].unbind()
+            for layer, view in model.activity.items()
+        }
+        self._any = False
         self._queries = queries
         self._views = model.activity
         self._rhythm, self._state = Rhythm(interval, every), state or StepState()
-        # rows: largest logit, entropy; sequences are counted on the host, where their number is
-        self._sums = {
-            layer: torch.zeros(2, view.heads, dtype=torch.float64, device=model.device)
-            for layer, view in model.activity.items()
-        }
-        self._sequences = dict.fromkeys(model.activity, 0)
         #: the causal mask of the last sequence length
         self._mask: torch.Tensor | None = None
 
@@ -52,13 +55,12 @@ class AttentionActivityMonitor(Monitor):
         self._clear()
 
     def _clear(self) -> None:
-        for layer, sums in self._sums.items():
-            if self._sequences[layer]:
-                sums.zero_()
-                self._sequences[layer] = 0
+        if self._any:
+            self._sums.zero_()
+            self._any = False
 
     def schema(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("max_logit", "entropy", "sequences"), self._shape)
+        return dict.fromkeys(_FIELDS, self._shape)
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Take in one micro-batch.
@@ -70,26 +72,24 @@ class AttentionActivityMonitor(Monitor):
             return
         if call.packed is not None or call.layout == "thd":
             raise ValueError("packed sequences are not supported; turn this monitor off")
-        query = call.arranged(call.query.detach(), call.heads)
-        key = call.arranged(call.key.detach(), call.groups)
+        query = call.arranged(call.query.data, call.heads)
+        key = call.arranged(call.key.data, call.groups)
         length = query.shape[0]
         if self._mask is None or self._mask.shape[1] != length:
             self._mask = causal_bias(length, self._queries, query.device)
         found = attention_activity(
             query, key, scale=self._views[layer].scale, queries=self._queries, bias=self._mask
         )
-        sums = self._sums[layer]
-        sums[0] += found.max_logit
-        sums[1] += found.entropy
-        self._sequences[layer] += query.shape[1]
+        largest, entropy, sequences = self._of_layer[layer]
+        largest += found.max_logit
+        entropy += found.entropy
+        sequences += query.shape[1]
+        self._any = True
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
-        for layer, view in self._views.items():
-            if self._sequences[layer]:
-                place = (layer - 1, slice(view.first_head, view.first_head + view.heads))
-                fields["max_logit"][place] += self._sums[layer][0]
-                fields["entropy"][place] += self._sums[layer][1]
-                fields["sequences"][place] += self._sequences[layer]
+        if self._any:
+            for name, sums in zip(_FIELDS, self._sums, strict=True):
+                fields[name] += sums
         self._clear()
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..signals.router import BINS
+from ..signals.router import BINS, weight_signals
 from ..views import ModelView
 from .base import Monitor, Readings, Rhythm
 from .router_read import OF_WEIGHT, RouterReader
@@ -135,13 +135,13 @@ class RouterMonitor(Monitor):
     def _measure(
         self, weights: dict[int, torch.Tensor], fields: dict[str, torch.Tensor]
     ) -> None:
-        stack = torch.stack(list(weights.values())).double()
+        stack = torch.stack(list(weights.values()))
         rows = tuple(weights)
         if rows not in self._measured:  # the same at every sample
             index = self._indices(rows, stack.device)
             self._measured[rows] = index, torch.ones_like(index, dtype=torch.float64)
         index, ones = self._measured[rows]
-        found = torch.stack([*(signal(stack) for signal in OF_WEIGHT.values()), ones], 1)
+        found = torch.stack([*weight_signals(stack), ones], 1)
         fields["weights"].index_add_(0, index, found)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:

@@ -16,11 +16,8 @@ from ..signals import router as signals
 from .base import Readings
 from .router_sums import ALWAYS, EDGES
 
-OF_WEIGHT = {
-    "weight_similarity": signals.weight_similarity,
-    "centred_conditioning": signals.centred_conditioning,
-    "row_norm_spread": signals.row_norm_spread,
-}
+#: what :func:`mcore_monitors.signals.router.weight_signals` gives
+OF_WEIGHT = ("weight_similarity", "centred_conditioning", "row_norm_spread")
 _OF_ENTROPY = ("routing_entropy", "routing_entropy_normalised")
 #: mean of each of ``SELDOM_TERMS``
 _OF_TERMS = ("predicted_entropy", "z", "mixing_entropy", "topk_margin", "bias_agreement")
@@ -61,7 +58,7 @@ class RouterReader:
             # of one expert there is no choice: 0 of 0 nats
             nats = np.where(experts > 1, np.log(experts.round()), np.nan)
             columns = [
-                (tuple(OF_WEIGHT), weights[:-1] / counted, counted),
+                (OF_WEIGHT, weights[:-1] / counted, counted),
                 (_OF_ENTROPY, (entropy, entropy / nats), tokens),
             ]
             if sums[ALWAYS:].any():

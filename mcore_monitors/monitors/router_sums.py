@@ -242,20 +242,20 @@ class RouterSums:
         self, rows: Tensor, terms: dict[str, Tensor], experts: int, size: int, kept: Tensor | None
     ) -> None:
         """Add the sums over tokens of terms [n, T], of those that are ``kept`` [n, T]."""
-        if kept is None:
+        tokens = None if kept is None else kept.sum(-1, dtype=torch.float64)
+        if tokens is None:
             tokens = torch.full_like(rows, size, dtype=torch.float64)
-        else:
-            terms = {name: term * kept for name, term in terms.items()}
-            tokens = kept.sum(-1, dtype=torch.float64)
-        columns = {name: term.sum(-1, dtype=torch.float64) for name, term in terms.items()}
-        columns |= {"tokens": tokens, "experts": experts * tokens}
-        names = SUMS[:ALWAYS]
+        values = torch.stack(list(terms.values())) if self.whole else terms["entropy"][None]
+        if kept is not None:
+            values = values * kept
+        found = [*values.sum(-1, dtype=torch.float64), tokens, experts * tokens]
         if self.whole:
-            columns = dict.fromkeys(SUMS, torch.zeros_like(tokens)) | columns
-            columns |= {f"{name}_tokens": tokens for name in SELDOM_TERMS if name in terms}
-            names = SUMS
-        found = torch.stack([columns[name] for name in names], 1)
-        self.sums[:, : len(names)].index_add_(0, rows, found)
+            found.append(torch.zeros_like(tokens))
+        at = {name: i for i, name in enumerate((*terms, "tokens", "experts"))}
+        at |= {f"{name}_tokens": len(terms) for name in terms}
+        names = SUMS if self.whole else SUMS[:ALWAYS]
+        table = torch.stack([found[at.get(name, -1)] for name in names], 1)
+        self.sums[:, : len(names)].index_add_(0, rows, table)
 
     @staticmethod
     def _bins(terms: dict[str, Tensor], experts: int) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,8 @@ class TokenTerms:
         log = signals.log_scores(logits, rule.score)
         spent = log is not logits or not whole
         self._weighed = signals.weigh(log, out=log if spent else None)
-        self.terms: dict[str, Tensor] = {"entropy": signals.routing_entropy(self._weighed)}
+        spare = None if whole else self._weighed.weight
+        self.terms: dict[str, Tensor] = {"entropy": signals.routing_entropy(self._weighed, spare)}
         self.chosen: Tensor | None = None
         if whole:
             self._add_sizes()

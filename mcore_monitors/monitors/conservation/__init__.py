@@ -90,7 +90,7 @@ class ConservationMonitor(Monitor):
         self._directions = Directions(model.layers, model.groups, smallest_bias(model))
         self._spread = Spread(model.layers, model.groups, largest_spread(model))
         # what is pooled over tokens is added up as it comes; attention's terms wait for the sample
-        self._sums = UnitSums(model.conserved, model.layers, model.device)
+        self._sums = UnitSums(model.conserved, model.layers)
         self._alike = AlikeRows(self._take_rows)
         #: layers, each with its first group, to where their evidence stands
         self._rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
@@ -199,7 +199,7 @@ class ConservationMonitor(Monitor):
         """
         sizes = terms[0].abs(), terms[1]
         sums = torch.stack([part.flatten(1).sum(1) for part in sizes])
-        self._sums.add(signal, places, sums.double())
+        self._sums.add(signal, places, sums)
 
     def collect(self, iteration: int, fields: dict[str, torch.Tensor]) -> None:
         self._alike.flush()
@@ -218,7 +218,7 @@ class ConservationMonitor(Monitor):
         firsts = [(layer - 1) * residual.units + residual.places[layer][0] for layer in layers]
         places = tuple(first + group for first in firsts for group in range(groups))
         total, count, *squares = (part.flatten() for part in _SUMS[signal](signed, scale))
-        self._sums.add(signal, places, torch.stack([total, count]).double())
+        self._sums.add(signal, places, torch.stack([total, count]))
         if directions:
             along = self._along(signed, scale, directions[0]).double()
             self._add_rows(fields, _BIAS, places, along.flatten(0, 2))

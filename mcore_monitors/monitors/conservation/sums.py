@@ -10,6 +10,9 @@ import torch
 from ...views import Conserved
 from ..base import Readings
 
+#: patterns of what comes in a sample that are remembered
+_KEPT = 64
+
 
 class UnitSums:
     """What was added up for every residual, layer and unit of a run since the last sample.
@@ -24,36 +27,43 @@ class UnitSums:
         shape: [2, layers, units of all residuals], totals and counts.
     """
 
-    def __init__(
-        self, conserved: Mapping[str, Conserved], layers: int, device: torch.device
-    ) -> None:
+    def __init__(self, conserved: Mapping[str, Conserved], layers: int) -> None:
         self._columns: dict[str, slice] = {}
         width = 0
         for signal, residual in conserved.items():
             self._columns[signal] = slice(width, width + residual.units)
             width += residual.units
         self.shape = (2, layers, width)
-        self._sums = torch.zeros(2, layers * width, dtype=torch.float64, device=device)
-        self._indices: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._found: list[tuple[str, tuple[int, ...], torch.Tensor]] = []
+        #: where a sample's sums go, by what came of it: mostly the same at every third sample
+        self._indices: dict[tuple[tuple[str, tuple[int, ...]], ...], torch.Tensor] = {}
 
     def add(self, signal: str, places: tuple[int, ...], sums: torch.Tensor) -> None:
-        """Add float64 sums [2, places]."""
-        key = signal, places
-        if key not in self._indices:  # made once for each set of places that comes together
-            columns, width = self._columns[signal], self.shape[2]
-            units = columns.stop - columns.start
-            rows = [place // units * width + columns.start + place % units for place in places]
-            self._indices[key] = torch.tensor(rows, device=self._sums.device)
-        self._sums.index_add_(1, self._indices[key], sums)
+        """Add sums [2, places], when the sample is complete."""
+        self._found.append((signal, places, sums))
 
     def move(self, field: torch.Tensor) -> None:
         """Add everything into a field of :attr:`shape`, and begin anew."""
-        field += self._sums.view(self.shape)
-        self._sums.zero_()
+        if not self._found:
+            return
+        key = tuple((signal, places) for signal, places, _ in self._found)
+        if key not in self._indices:
+            if len(self._indices) >= _KEPT:  # micro-batches of ever other sizes
+                self._indices.clear()
+            rows = [row for signal, places in key for row in self._rows(signal, places)]
+            self._indices[key] = torch.tensor(rows, device=field.device)
+        sums = torch.cat([sums for _, _, sums in self._found], 1).double()
+        field.view(2, -1).index_add_(1, self._indices[key], sums)
+        self._found.clear()
+
+    def _rows(self, signal: str, places: tuple[int, ...]) -> list[int]:
+        columns, width = self._columns[signal], self.shape[2]
+        units = columns.stop - columns.start
+        return [place // units * width + columns.start + place % units for place in places]
 
     def clear(self) -> None:
         """Forget what was added."""
-        self._sums.zero_()
+        self._found.clear()
 
     def of(self, signal: str, field: torch.Tensor) -> torch.Tensor:
         """One residual's part of a field, [2, layers, units]."""

@@ -14,7 +14,12 @@ from .entropy import (
     squared_logsumexp,
     weigh,
 )
-from .geometry import centred_conditioning, row_norm_spread, weight_similarity
+from .geometry import (
+    centred_conditioning,
+    row_norm_spread,
+    weight_signals,
+    weight_similarity,
+)
 from .load import (
     dead_experts,
     effective_experts,
@@ -62,5 +67,6 @@ __all__ = [
     "squared_logsumexp",
     "underused_experts",
     "weigh",
+    "weight_signals",
     "weight_similarity",
 ]

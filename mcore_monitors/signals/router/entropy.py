@@ -107,14 +107,19 @@ def scores(logits: Tensor, weighed: Weighed, score: str = "softmax") -> Tensor:
 
 
 @torch.no_grad()
-def routing_entropy(weighed: Weighed) -> Tensor:
+def routing_entropy(weighed: Weighed, out: Tensor | None = None) -> Tensor:
     """−Σ p ln p of a token (arXiv 2606.28116, Eq 8), from 0 to ln E nats.
+
+    Args:
+        weighed: what :func:`weigh` gives.
+        out: where products [E, ...] go; ``weighed.weight``, if it is not needed any more.
 
     Returns:
         [...] float32.
     """
     # with w = p·t, t their sum: −Σ p (ln w − ln t) = ln t − Σ w ln w / t
-    return weighed.total.log() - (weighed.weight * weighed.log).sum(0) / weighed.total
+    products = torch.mul(weighed.weight, weighed.log, out=out)
+    return weighed.total.log() - products.sum(0) / weighed.total
 
 
 @torch.no_grad()

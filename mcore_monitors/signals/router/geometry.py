@@ -10,6 +10,17 @@ from torch import Tensor
 
 
 @torch.no_grad()
+def weight_signals(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`weight_similarity`, :func:`centred_conditioning` and :func:`row_norm_spread`.
+
+    In fewer operations than one after the other; weight and results as there.
+    """
+    w = weight.double()
+    norms = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
+    return _similarity(w, norms), _conditioning(w), _spread(norms.squeeze(-1))
+
+
+@torch.no_grad()
 def weight_similarity(weight: Tensor) -> Tensor:
     """Mean cosine between the rows of different experts, (‖Σ_i ŵ_i‖² − E)/(E² − E) (Eq 7).
 
@@ -23,9 +34,12 @@ def weight_similarity(weight: Tensor) -> Tensor:
         [...] float64, from −1/(E − 1) to 1. NaN for E = 1, a zero row or a non-finite weight.
     """
     w = weight.double()
+    return _similarity(w, torch.linalg.vector_norm(w, dim=-1, keepdim=True))
+
+
+def _similarity(w: Tensor, norms: Tensor) -> Tensor:
     experts = w.shape[-2]
-    unit = w / torch.linalg.vector_norm(w, dim=-1, keepdim=True)
-    squared = unit.sum(-2).square().sum(-1)
+    squared = (w / norms).sum(-2).square().sum(-1)
     if experts == 1:
         return torch.full_like(squared, torch.nan)
     return (squared - experts) / (experts * (experts - 1))
@@ -44,7 +58,10 @@ def centred_conditioning(weight: Tensor) -> Tensor:
     Returns:
         [...] float64, not negative; infinite where the mean row is zero.
     """
-    w = weight.double()
+    return _conditioning(weight.double())
+
+
+def _conditioning(w: Tensor) -> Tensor:
     mean = w.mean(-2, keepdim=True)
     spread = torch.linalg.vector_norm(w - mean, dim=-1).amax(-1)
     return spread / torch.linalg.vector_norm(mean, dim=(-2, -1))
@@ -62,5 +79,9 @@ def row_norm_spread(weight: Tensor) -> Tensor:
     Returns:
         [...] float64, from 0 (all alike) to √(E − 1) (one row is left). NaN where all are zero.
     """
-    norms = torch.linalg.vector_norm(weight.double(), dim=-1)
-    return norms.std(-1, correction=0) / norms.mean(-1)
+    return _spread(torch.linalg.vector_norm(weight.double(), dim=-1))
+
+
+def _spread(norms: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(norms, -1, correction=0)
+    return deviation / mean
