@@ -108,13 +108,15 @@ class Runtime:
         not sampled.
         """
 
+        state, errors, name = self.state, self._errors, monitor.name
+
         def hook(*args: Any, **kwargs: Any) -> None:
-            if not (every_step or self.state.armed) or monitor.name in self._errors:
+            if not (every_step or state.armed) or name in errors:
                 return
             try:
                 call(*args, **kwargs)
             except Exception as error:  # a monitor never breaks a run
-                self._errors[monitor.name] = f"{type(error).__name__}: {error}"
+                errors[name] = f"{type(error).__name__}: {error}"
 
         return hook
 

@@ -56,7 +56,7 @@ class Waiting:
         device: torch.device,
     ) -> None:
         tokens, experts = shape[:-1].numel(), shape[-1]
-        self.rule, self.shape = rule, shape
+        self.rule, self.shape, self.comes = rule, shape, (padded, biased, chosen)
         self.slots = max(1, WAITING_BYTES // (4 * tokens * experts))
         self._logits = torch.empty(self.slots, tokens, experts, device=device)
         self._padding = self._bias = self._chosen = None
@@ -129,9 +129,8 @@ class RouterSums:
         self.load = torch.zeros(n, experts, dtype=torch.float64, device=device)
         self.counts = signals.QuantileCounts(n, len(EDGES), device)
         self._waiting: dict[tuple[RoutingRule, int, bool, bool, bool], Waiting] = {}
-        #: of each layer: the kind of its last micro-batch, and where such wait, if they do
-        self._last: dict[int, tuple[_Kind | None, Waiting | None]]
-        self._last = dict.fromkeys(self._views, (None, None))
+        #: of each layer: where micro-batches as its last one wait, if they do
+        self._last: dict[int, Waiting | None] = dict.fromkeys(self._views)
 
     @property
     def accumulator_bytes(self) -> int:
@@ -166,11 +165,10 @@ class RouterSums:
         """
         row, view = self._views[layer]
         bias = None if view.bias is None else view.bias()
-        kind = (logits.shape, padding is not None, bias is not None, routing_map is not None)
-        known, waiting = self._last[layer]
-        if known != kind:
-            waiting = self._room(view.rule, kind, logits.device)
-            self._last[layer] = kind, waiting
+        waiting, shape = self._last[layer], logits.shape
+        comes = (padding is not None, bias is not None, routing_map is not None)
+        if waiting is None or shape != waiting.shape or comes != waiting.comes:
+            waiting = self._last[layer] = self._room(view.rule, (shape, *comes), logits.device)
         if waiting is not None:
             if waiting.put(row, logits, padding, bias, routing_map):
                 self._look(waiting)

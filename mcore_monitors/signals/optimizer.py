@@ -32,6 +32,8 @@ SPIKE = 5000.0
 _PIECE_ON_CPU, _PIECE_ON_CARD = 2**16, 2**22
 #: Tensors up to this size are joined first: for them starting an operation is the work.
 _SMALL = 2**13
+#: sizes for which views are kept
+_KEPT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class StepSums:
         self._piece = _PIECE_ON_CPU if device.type == "cpu" else _PIECE_ON_CARD
         # filled again for every piece: fresh memory would cost as much time as the work
         self._space = torch.empty(2, 0, device=device)
+        self._rooms: dict[int, tuple[Tensor, Tensor]] = {}
         self._small: dict[tuple[int, AdamStep, bool], list[list[Tensor]]] = {}
         self._rows: list[int] = []
         #: of each piece: dot products u·u, u·w, w·w and number of spikes, u without its factor
@@ -98,10 +101,12 @@ class StepSums:
             gradient: as Adam took it (clipped), of that shape; None where it is gone.
             made: the step.
         """
-        tensors = [weight.reshape(-1), m.reshape(-1), v.reshape(-1)]
+        tensors = [weight, m, v]
         searched = gradient is not None and made.spike_limit is not None
         if searched:
-            tensors.append(gradient.reshape(-1))
+            tensors.append(gradient)
+        # pieces of a flat buffer are flat already
+        tensors = [x if x.dim() == 1 else x.reshape(-1) for x in tensors]
         if weight.numel() > _SMALL:
             self._measure(row, made, tensors)
         elif weight.numel():
@@ -136,10 +141,12 @@ class StepSums:
         step = min(self._piece, size)
         if self._space.shape[1] < step or self._space.dtype != tensors[0].dtype:
             self._space = tensors[0].new_empty(2, step)
+            self._rooms.clear()
         for start in range(0, size, step):
             # u = factor · m / (√v + ε · root)
-            weight, m, v, *gradient = (t[start : start + step] for t in tensors)
-            divisor, quotient = self._space[:, : weight.numel()].unbind(0)
+            piece = tensors if step == size else [t[start : start + step] for t in tensors]
+            weight, m, v, *gradient = piece
+            divisor, quotient = self._room(weight.numel())
             torch.sqrt(v, out=divisor).add_(made.eps * root)
             u = torch.div(m, divisor, out=quotient)
             found = [torch.dot(u, u), torch.dot(u, weight), torch.dot(weight, weight)]
@@ -153,6 +160,14 @@ class StepSums:
             self._rows.append(row)
             self._found += found
             self._factors.append(_factors(made, root, weight.numel(), bool(gradient)))
+
+    def _room(self, size: int) -> tuple[Tensor, Tensor]:
+        """Two vectors to work in; layers have tensors of few sizes."""
+        if size not in self._rooms:
+            if len(self._rooms) >= _KEPT:
+                self._rooms.clear()
+            self._rooms[size] = self._space[:, :size].unbind(0)
+        return self._rooms[size]
 
 
 def _factors(made: AdamStep, root: float, size: int, searched: bool) -> list[list[float]]:
