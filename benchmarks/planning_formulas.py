@@ -130,9 +130,10 @@ def replicas(model: Model, gpus: int) -> int:
 def gram_flops(part: Part, heads: int, groups: int) -> float:
     """FLOPs of the Gram matrices of [ΔW; W] for one window: 6 d² D a head and a group.
 
-    Of the four d × d blocks three are computed, 2 d² D each.
+    Of the four d × d blocks three are computed, 2 d² D each; all four up to d = 32 and D = 256.
     """
-    return 6 * part.d**2 * part.hidden * (heads + groups)
+    blocks = 4 if 2 * part.d <= 64 and part.hidden <= 256 else 3
+    return 2 * blocks * part.d**2 * part.hidden * (heads + groups)
 
 
 def delta2_flops(part: Part, heads: int) -> float:

@@ -47,15 +47,15 @@ def update_measures(
     """
     delta2, singles = products(update_grams(wq_old, wk_old, wq_new, wk_new))
     sizes = [len(wq_old), len(wk_old), len(delta2)]
-    parts = zip(*(column.split(sizes) for column in _measures_of(singles)), strict=True)
+    parts = zip(*(column.split(sizes) for column in measures_of_grams(singles)), strict=True)
     query, key, delta3 = (Measures(*columns) for columns in parts)
-    return UpdateMeasures(_measures_of(delta2), delta3, query, key)
+    return UpdateMeasures(measures_of_grams(delta2), delta3, query, key)
 
 
 @torch.no_grad()
 def delta2_measures(grams: UpdateGrams) -> Measures:
     """The measures [H] of Δ2 alone."""
-    return _measures_of(products(grams, delta2_only=True)[0])
+    return measures_of_grams(products(grams, delta2_only=True)[0])
 
 
 @torch.no_grad()
@@ -66,10 +66,10 @@ def recorded(grams: UpdateGrams) -> tuple[Measures, Tensor]:
         and [2 H + G, d], squared, descending: those of ΔW_q, of ΔW_k and of Δ3 one after the other.
     """
     delta2, singles = products(grams)
-    return _measures_of(delta2), gram_eigenvalues(singles)
+    return measures_of_grams(delta2), gram_eigenvalues(singles)
 
 
-def _measures_of(matrices: Tensor) -> Measures:
+def measures_of_grams(matrices: Tensor) -> Measures:
     """Of Gram matrices [n, m, m]; reads the lower triangle and may overwrite it."""
     large = matrices.shape[-1] >= LEAST_ROWS and matrices.numel() >= LEAST_ELEMENTS
     if large and matrices.device.type == "cpu":
