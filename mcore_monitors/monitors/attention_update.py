@@ -174,12 +174,12 @@ class AttentionUpdateMonitor(Monitor):
         if plain:
             olds = [self._snapshots.get(iteration - window, number) for window in plain]
             delta2 = _columns(delta2_measures(_grams(olds, new, heads)))
-            self._add(fields, f"heads/{batch.part}", plain, batch.heads, delta2)
+            self._add(fields, f"heads/{batch.part}", plain, batch.heads, *delta2)
         if record:
             olds = [self._snapshots.get(iteration - window, number) for window in record]
             grams = _grams(olds, new, heads)
             found = _Columns(*recorded(grams), hidden=new.shape[-1])
-            self._add(fields, f"heads/{batch.part}", record, batch.heads, found.delta2)
+            self._add(fields, f"heads/{batch.part}", record, batch.heads, *found.delta2)
             self._add(fields, f"records/{batch.part}", record, batch.heads, *found.of_heads)
             self._add(fields, f"groups/{batch.part}", record, batch.groups, *found.of_groups)
             self._persist(number, record, iteration, grams, olds, new, found.outliers, fields)
@@ -209,20 +209,20 @@ class AttentionUpdateMonitor(Monitor):
         heads = len(batch.heads)
         if len(apart) < times:
             grams = UpdateGrams(*(_parts(side, apart, times) for side in grams))
-        left, right = (side.split(heads) for side in leading_coefficients(grams))
+        left, right = (side.chunk(len(apart)) for side in leading_coefficients(grams))
         for n, i in enumerate(apart):
-            weights = (w for side in (olds[i], new) for w in side.tensor_split([heads]))
+            sizes = [heads, len(new) - heads]
+            weights = (w for side in (olds[i], new) for w in side.split_with_sizes(sizes))
             kept = self._persistence.update(
                 number,
                 windows[i],
                 self._grid.period(windows[i]),
                 iteration,
                 directions_of((left[n], right[n]), *weights),
-                outliers.split(heads)[i],
+                outliers.chunk(times)[i],
             )
             if kept is not None:
-                name, columns = f"persistence/{batch.part}", torch.stack(kept, dim=1)
-                self._add(fields, name, [windows[i]], batch.heads, columns)
+                self._add(fields, f"persistence/{batch.part}", [windows[i]], batch.heads, *kept)
 
     def _add(
         self,
@@ -236,7 +236,7 @@ class AttentionUpdateMonitor(Monitor):
 
         Args:
             places: [n], of each row of a window in a flat [layers × units].
-            columns: [windows × n, any], to stand side by side behind the count.
+            columns: [windows × n] or [windows × n, any], to stand side by side behind the count.
         """
         field = fields[name]
         key = name, tuple(windows), id(places)
@@ -246,7 +246,8 @@ class AttentionUpdateMonitor(Monitor):
             rows = torch.cat([places + start for start in starts])
             self._places[key] = rows, field.new_ones(len(rows), 1)
         rows, count = self._places[key]
-        field.view(-1, field.shape[-1]).index_add_(0, rows, torch.cat([count, *columns], dim=1))
+        block = torch.cat([count, *(c.view(len(count), -1) for c in columns)], dim=1)
+        field.view(-1, field.shape[-1]).index_add_(0, rows, block)
 
     def read(self, fields: dict[str, torch.Tensor]) -> Readings:
         readings: Readings = {}
@@ -288,7 +289,7 @@ class _Columns:
         hidden: D.
 
     Attributes:
-        delta2: [H, columns].
+        delta2: columns [H].
         of_heads, of_groups: columns [H, any], [G, any] that stand side by side.
         outliers: [H], outlying singular values of ΔW_q.
     """
@@ -296,18 +297,19 @@ class _Columns:
     def __init__(self, delta2: Measures, singles: torch.Tensor, hidden: int) -> None:
         heads = len(delta2.frobenius)
         groups = len(singles) - 2 * heads
-        query, key, delta3 = _columns(measures(singles)).split([heads, groups, heads])
+        table = torch.stack(_columns(measures(singles)), dim=1)
+        query, key, delta3 = table.split_with_sizes([heads, groups, heads])
         noise = torch.stack(spike(singles[: heads + groups], hidden), dim=1)
-        in_query, in_key = noise.split([heads, groups])
+        in_query, in_key = noise.split_with_sizes([heads, groups])
         self.delta2 = _columns(delta2)
         self.of_heads = delta3, query, in_query
         self.of_groups = key, in_key
         self.outliers = in_query[:, _SPIKE.index("outliers")]
 
 
-def _columns(found: Measures) -> torch.Tensor:
-    """The measures [n] that have a column of their own, [n, columns]."""
-    return torch.stack([getattr(found, name) for name in _MEASURES], dim=1)
+def _columns(found: Measures) -> list[torch.Tensor]:
+    """The measures [n] that have a column of their own."""
+    return [getattr(found, name) for name in _MEASURES]
 
 
 def _parts(gram: Gram | WholeGram, numbers: list[int], of: int) -> Gram | WholeGram:

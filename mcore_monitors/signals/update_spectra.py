@@ -51,7 +51,8 @@ _SHORT = 4 * _GAP
 #: times as long for 128 as for 64.
 _SMALL = 64
 
-_EPS = torch.finfo(torch.float64).eps
+#: Relative spacing of the formats of a Gram product.
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
 
 class Gram(NamedTuple):
@@ -196,7 +197,7 @@ def stacked_grams(olds: Sequence[Tensor], new: Tensor, heads: int) -> UpdateGram
     grams = [_gram(old, new, torch.float64) for old in olds]
     form, sizes = type(grams[0]), [heads, len(new) - heads]
     # of each comparison the blocks of its queries and those of its keys
-    found = [zip(*(block.split(sizes) for block in gram), strict=True) for gram in grams]
+    found = [zip(*(x.split_with_sizes(sizes) for x in gram), strict=True) for gram in grams]
     if len(found) == 1:
         query, key = found[0]
         return UpdateGrams(form(*query), form(*key))
@@ -220,7 +221,6 @@ def spectra_from_grams(
     return UpdateSpectra(delta2, delta3, query, key)
 
 
-@torch.no_grad()
 def products(
     grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64, delta2_only: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -228,13 +228,13 @@ def products(
 
     Args:
         grams, gram_dtype: as :func:`spectra_from_grams` has them.
-        delta2_only: leave the others out.
+        delta2_only: leave the others out; the Gram matrices may be overwritten.
 
     Returns:
         [H, 2d, 2d], of Δ2; and [2 H + G, d, d], those of ΔW_q, of ΔW_k and of Δ3, one after the
         other.
     """
-    factor, delta2 = _delta2(grams, gram_dtype)
+    factor, delta2 = _delta2(grams, gram_dtype, overwrite=delta2_only)
     if delta2_only:
         return delta2, delta2[:0]
     query, key = (side.update for side in grams)
@@ -318,7 +318,7 @@ def _whole_gram(old: Tensor, new: Tensor, both: Tensor) -> WholeGram:
         both: [step, 2d, D], a buffer for so many of them at a time.
     """
     (n, d, _), step = old.shape, len(both)
-    update, weight = both.split(d, dim=1)
+    update, weight = both.split_with_sizes([d, d], dim=1)
     both_t, whole = both.mT, both.new_empty(n, 2 * d, 2 * d)
     tensors = old, new, whole
     pieces = [tensors] if step == n else zip(*(t.split(step) for t in tensors), strict=True)
@@ -329,7 +329,7 @@ def _whole_gram(old: Tensor, new: Tensor, both: Tensor) -> WholeGram:
     return WholeGram(whole.double())
 
 
-def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _delta2(grams: UpdateGrams, dtype: torch.dtype, overwrite: bool) -> tuple[Tensor, Tensor]:
     """U or its leading block [H, d, d], and U (B Bᵀ) Uᵀ [H, 2d, 2d], which has Δ2's eigenvalues.
 
     Of the second only the lower triangle need be filled in. Small matrices are taken as a whole,
@@ -341,14 +341,11 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # A rank-deficient A (an update of rank one, D < 2d) has eigenvalues that round-off makes
     # negative, seen down to −n·eps/3 of the GEMM's format and a few n·eps of this one, with rows of
     # unit length; Cholesky needs them lifted over zero.
-    lift = 2 * d * (torch.finfo(dtype).eps + 4 * _EPS)
+    lift = 2 * d * (_EPS[dtype] + 4 * _EPS[torch.float64])
     if 2 * d <= _SMALL:
         matrix = query.whole(update_first=True)
-        own = matrix.diagonal(dim1=1, dim2=2)
-        size = own.clone()
-        factor, absent = _factor(matrix, lift)
-        own[:] = size  # the Gram matrix is as it was
-        factor.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
+        factor, absent = _factor(matrix if overwrite else matrix.clone(), lift)
+        _without_ones(factor, absent)
         inner = of_heads(key.whole(update_first=False), heads)  # a copy, which takes the result
         return factor, torch.bmm(torch.bmm(factor, inner), factor.mT, out=inner)
 
@@ -356,8 +353,8 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
     rest = torch.baddbmm(query.weight, across.mT, across, alpha=-1)
     last, absent = _factor(rest, lift, query.weight)
-    first.diagonal(dim1=1, dim2=2).masked_fill_(still, 0.0)
-    last.diagonal(dim1=1, dim2=2).masked_fill_(absent, 0.0)
+    _without_ones(first, still)
+    _without_ones(last, absent)
 
     blocks = key.update, key.cross, key.weight
     update, cross, weight = (of_heads(block, heads) for block in blocks)
@@ -376,33 +373,45 @@ def of_heads(block: Tensor, heads: int) -> Tensor:
     return block if repeats == 1 else block.repeat_interleave(repeats, dim=0)
 
 
-def _factor(matrix: Tensor, lift: float, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _factor(
+    matrix: Tensor, lift: float, of: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Upper Cholesky factor of matrices [n, m, m], lifted by so much of the diagonal of ``of``.
 
     Relative to each row, because rows of ΔW and of W are of very unlike size; ``of`` is the matrix
     itself where it isn't given. Overwrites the matrix. NaN on the diagonal where it is not positive
-    or not finite. A row that has none but zeros gets a one on its diagonal, to be made a zero
-    again: the second answer says where, [n, m].
+    or not finite. A row that has none but zeros gets a one on its diagonal
+    (:func:`_without_ones`): the second answer says where, [n, m], None for nowhere.
     """
     own = matrix.diagonal(dim1=1, dim2=2)
     size = own if of is None else of.diagonal(dim1=1, dim2=2)
+    own.add_(size, alpha=lift)
+    if matrix.device.type == "cpu":  # where asking costs little, and all of them have a factor
+        factor, failed = _cholesky(matrix)
+        if not any(failed.tolist()):
+            return factor, None
     empty = size == 0
-    own.add_(size, alpha=lift).masked_fill_(empty, 1.0)
+    own.masked_fill_(empty, 1.0)
     factor, failed = _cholesky(matrix)
-    factor.diagonal(dim1=1, dim2=2).masked_fill_(failed[:, None], torch.nan)
+    factor.diagonal(dim1=1, dim2=2).masked_fill_((failed != 0)[:, None], torch.nan)
     return factor, empty
 
 
+def _without_ones(factor: Tensor, empty: Tensor | None) -> None:
+    """Make a one that stands for an empty row a zero, in place."""
+    if empty is not None:
+        factor.diagonal(dim1=1, dim2=2).masked_fill_(empty, 0.0)
+
+
 def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor [n, m, m], and where there is none [n].
+    """Upper Cholesky factor [n, m, m], and not 0 where there is none [n].
 
     Block by block where it is large.
     """
     m = matrix.shape[1]
     if m <= _SMALL:
         # Transposed, the same matrix: LAPACK's own layout, which saves a copy.
-        factor, info = torch.linalg.cholesky_ex(matrix.mT, upper=True)
-        return factor, info != 0
+        return torch.linalg.cholesky_ex(matrix.mT, upper=True)
     half = m // 2
     factor = torch.zeros_like(matrix)
     first, no_first = _cholesky(matrix[:, :half, :half])
