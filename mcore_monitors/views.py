@@ -290,13 +290,14 @@ class ModelView:
     left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ATTENTION_RESIDUALS:
-            self.conserved[name] = Conserved(
-                units=self.groups, dtype=self.activation_dtype, channels=self.head_dim
-            )
-        self.conserved["router/shift"] = Conserved(
-            units=1, dtype=self.activation_dtype, channels=self.experts
-        )
+        dtype = self.activation_dtype
+        known = {
+            name: Conserved(units=self.groups, dtype=dtype, channels=self.head_dim)
+            for name in ATTENTION_RESIDUALS
+        }
+        known["router/shift"] = Conserved(units=1, dtype=dtype, channels=self.experts)
+        # what a view was made from (``dataclasses.replace``) keeps its own
+        self.conserved = known | self.conserved
 
     def conserves_attention(
         self, layer: int, first: int, groups: int, *, but: Collection[str] = ()

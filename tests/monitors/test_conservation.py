@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,16 @@ def test_only_the_residuals_that_hold_are_watched() -> None:
     readings = sample([monitor], 10)
     assert KEY not in readings
     assert set(readings[VALUE]) == set(readings[QUERY]) == {2}
+
+
+def test_a_changed_copy_of_a_view_leaves_the_residuals_of_both() -> None:
+    model = TinyModel().view()
+    model.conserves_attention(1, 0, 2)
+    before = {name: dict(residual.places) for name, residual in model.conserved.items()}
+    copy = replace(model, attention=[])
+    for view in (model, copy):
+        assert {name: residual.places for name, residual in view.conserved.items()} == before
+    assert copy.conserved is not model.conserved
 
 
 def test_a_frozen_input_leaves_its_residuals_out() -> None:
