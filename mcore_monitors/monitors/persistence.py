@@ -50,11 +50,12 @@ class Persistence:
             the one before. None where there is nothing to hold it against.
         """
         before = self._seen.get((batch, window))
-        answer, streak = None, torch.zeros_like(outliers)
-        if before is not None and before.iteration == iteration - period:
+        if before is None or before.iteration != iteration - period:
+            answer, streak = None, torch.zeros_like(outliers)
+        else:
             overlap = direction_overlap(direction, before.direction)
             both = torch.stack([before.outliers, outliers])
             streak = (before.streak + 1) * persistent_spike(both, overlap[None])
-            answer = overlap.double(), streak
+            answer = overlap, streak
         self._seen[batch, window] = _Seen(iteration, direction, outliers, streak)
         return answer

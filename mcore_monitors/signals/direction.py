@@ -123,12 +123,12 @@ def leading_coefficients(grams: UpdateGrams) -> tuple[Tensor, Tensor]:
     # Rows of A in unit length, so that small ΔW rows and large W rows stand on one scale, as the
     # rows of B do that are multiplied by the lengths.
     length = query.diagonal(dim1=1, dim2=2).sqrt().unsqueeze(2)
-    inverse = length.masked_fill(length == 0, 1.0).reciprocal()
+    inverse = (length + (length == 0)).reciprocal()
     query, lengthened = query * inverse.mT, length * key
 
     place = torch.arange(0.5, 2 * d, dtype=length.dtype, device=length.device)
     wave = torch.arange(0.5, min(_VECTORS, 2 * d), dtype=length.dtype, device=length.device)
-    z = torch.cos(torch.outer(place, math.pi / (2 * d) * wave)).expand(heads, -1, -1)
+    z = torch.cos(place.view(-1, 1) * (math.pi / (2 * d) * wave)).expand(heads, -1, -1)
     for number in range(1, _PASSES + 1):
         z = bmm(lengthened, bmm(query, z))
         if number % _TOGETHER == 0:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from mcore_monitors.signals.spectra import Measures
 
-#: rows of the smallest matrix, and elements of the fewest matrices, for which this is faster
-LEAST_ROWS, LEAST_ELEMENTS = 64, 2**16
+#: rows of the smallest matrix, and rows³ × matrices of the fewest, for which this is faster, with
+#: cold caches too
+LEAST_ROWS, LEAST_WORK = 64, 2**23
 _SHIFTS, _CLUSTER, _LARGEST_SHIFT = 32, 6.5, 16.0
 #: columns that LAPACK reduces together; more are slower at these sizes
 _BLOCK = 8

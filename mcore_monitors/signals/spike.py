@@ -64,11 +64,11 @@ def spike(singular_values_squared: Tensor, columns: int) -> Spike:
     outliers = (values > noise * (_edge(n, m) / m)).sum(-1, dtype=torch.float64)
     # λ = (1 + x)(ratio + x)/x for a coherent singular value θ with x = θ²/(σ² m)
     excess = (values[..., :1] / noise).squeeze(-1) - (1 + ratio)
-    twice_x = excess + (excess.square() - 4 * ratio).clamp(min=0).sqrt()
-    strength = (twice_x / (2 * n)).sqrt().masked_fill_(outliers == 0, 0.0)
+    twice_x = excess + (excess * excess - 4 * ratio).clamp_(min=0).sqrt()
+    strength = (twice_x / (2 * n)).clamp_(min=0).sqrt()  # negative only where none is outlying
     total = values.sum(-1)
     one = total / total  # NaN where nothing moved or a value is not finite
-    return Spike(strength * one, outliers * one)
+    return Spike(strength * (outliers > 0) * one, outliers * one)
 
 
 def persistent_spike(
@@ -94,13 +94,14 @@ def persistent_spike(
         raise ValueError(
             f"S ≥ 2 samples have S − 1 overlaps, got {outliers.shape[0]} and {overlaps.shape[0]}"
         )
-    return (outliers >= 1).all(0) & (overlaps >= overlap_at_least).all(0)
+    return (outliers.amin(0) >= 1) & (overlaps.amin(0) >= overlap_at_least)
 
 
 def _median(values: Tensor) -> Tensor:
     """[..., 1], mean of the one or two middle values of the last dimension, which is in order."""
     n = values.shape[-1]
-    return values[..., (n - 1) // 2 : n // 2 + 1].mean(-1, keepdim=True)
+    first, last = (n - 1) // 2, n // 2
+    return values[..., first : last + 1].sum(-1, keepdim=True) / (last + 1 - first)
 
 
 def _edge(n: int, m: int) -> float:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gram_measures import LEAST_ELEMENTS, LEAST_ROWS, measures_by_traces
+from .gram_measures import LEAST_ROWS, LEAST_WORK, measures_by_traces
 from .spectra import Measures, measures
 from .update_spectra import UpdateGrams, gram_eigenvalues, products, update_grams
 
@@ -71,7 +71,8 @@ def recorded(grams: UpdateGrams) -> tuple[Measures, Tensor]:
 
 def measures_of_grams(matrices: Tensor) -> Measures:
     """Of Gram matrices [n, m, m]; reads the lower triangle and may overwrite it."""
-    large = matrices.shape[-1] >= LEAST_ROWS and matrices.numel() >= LEAST_ELEMENTS
+    rows = matrices.shape[-1]
+    large = rows >= LEAST_ROWS and rows * matrices.numel() >= LEAST_WORK
     if large and matrices.device.type == "cpu":
         return measures_by_traces(matrices)
     return measures(gram_eigenvalues(matrices))

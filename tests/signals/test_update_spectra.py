@@ -149,7 +149,7 @@ def test_pieces_give_what_one_piece_gives(monkeypatch):
 @pytest.mark.parametrize("by", ["traces", "eigenvalues"])
 def test_measures_without_singular_values(monkeypatch, by, groups, shape, rank, noise):
     monkeypatch.setattr(measuring, "LEAST_ROWS", 2 if by == "traces" else 10**6)
-    monkeypatch.setattr(measuring, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(measuring, "LEAST_WORK", 0)
     w = case(1e-3, rank, noise, 0.5, groups=groups, shape=shape)
     want, found = dense(*w), update_measures(*w)
     for one, other in zip(found, want, strict=True):
