@@ -263,17 +263,18 @@ class AttentionUpdateMonitor(Monitor):
         """
         readings: Readings = {}
         table = field.numpy()
-        there = (table[..., 0] != 0).any(axis=2).tolist()  # true for NaN: broken is not absent
-        for i, window in enumerate(self._windows):
-            layers = [n for n, seen in enumerate(there[i]) if seen]
+        there = table[..., 0].any(axis=2).tolist()  # true for NaN: broken is not absent
+        for window, of_window, seen in zip(self._windows, table, there, strict=True):
+            layers = [n for n, here in enumerate(seen) if here]
             if not layers:
                 continue
             with np.errstate(all="ignore"):  # units without a count
-                values = np.moveaxis(table[i, ..., 1:] / table[i, ..., :1], -1, 0)
+                values = (of_window[..., 1:] / of_window[..., :1]).transpose(2, 0, 1)
                 rows = dict(zip(names, values.tolist(), strict=True))
-                for name in [name for name in names if name.endswith("effective_rank")]:
-                    entropy = name.replace("effective_rank", "spectral_entropy")
-                    rows[entropy] = np.log(values[names.index(name)]).tolist()
+                for i, name in enumerate(names):
+                    if name.endswith("effective_rank"):
+                        entropy = name.replace("effective_rank", "spectral_entropy")
+                        rows[entropy] = np.log(values[i]).tolist()
             for name, by_layer in rows.items():
                 signal = f"{part_name(f'attention/{name}', part)}@{window}"
                 readings[signal] = {n + 1: by_layer[n] for n in layers}
