@@ -346,8 +346,13 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype, overwrite: bool) -> tuple[Te
         matrix = query.whole(update_first=True)
         factor, absent = _factor(matrix if overwrite else matrix.clone(), lift)
         _without_ones(factor, absent)
-        inner = of_heads(key.whole(update_first=False), heads)  # a copy, which takes the result
-        return factor, torch.bmm(torch.bmm(factor, inner), factor.mT, out=inner)
+        # The halves of B Bᵀ as it is held stand the other way round: taken crosswise, not copied.
+        inner = of_heads(key.whole(update_first=True), heads)
+        left, right = factor.split_with_sizes([d, d], dim=2)
+        update, weight = inner.split_with_sizes([d, d], dim=1)
+        product = torch.bmm(left, weight).baddbmm_(right, update)
+        update, weight = product.split_with_sizes([d, d], dim=2)
+        return factor, torch.bmm(weight, left.mT).baddbmm_(update, right.mT)
 
     first, still = _factor(query.update.clone(), lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
