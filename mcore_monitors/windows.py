@@ -14,6 +14,7 @@ iterations, so a resumed run goes on with the same grid.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 #: Snapshots that one window needs at most.
 SNAPSHOTS = 5
@@ -84,6 +85,7 @@ class Grid:
             self._strides[window] = stride
             self._records[window] = _multiple(stride, seldom)
             self._periods[window] = _multiple(self._records[window], max(window, _APART * interval))
+        self._last_use = lru_cache(self._uses_end)  # a sample asks for every snapshot that is held
 
     def stride(self, window: int) -> int:
         """Iterations between two comparisons of a window."""
@@ -114,11 +116,12 @@ class Grid:
 
     def is_needed(self, snapshot: int, now: int) -> bool:
         """Whether a window will be compared, after ``now``, with the weights of ``snapshot``."""
-        for window in self.windows:
-            then = snapshot + window
-            if then > now and self._is_turn(window, then, self._strides):
-                return True
-        return False
+        return self._last_use(snapshot) > now
+
+    def _uses_end(self, snapshot: int) -> int:
+        """The last iteration at which a window is compared with the weights of ``snapshot``."""
+        uses = (snapshot + w for w in self.windows if self._is_turn(w, snapshot + w, self._strides))
+        return max(uses, default=snapshot)
 
     def most_snapshots(self) -> int:
         """The largest number of snapshots that are held at once."""
