@@ -39,9 +39,10 @@ class AttentionActivityMonitor(Monitor):
     ) -> None:
         self._shape = (model.layers, model.heads)
         # largest logit, entropy, sequences: as in the fields, and views on each layer's heads
-        self._sums = torch.zeros(len(_FIELDS), *self._shape, dtype=torch.float64, device=model.device)
+        shape = len(_FIELDS), *self._shape
+        self._sums = torch.zeros(shape, dtype=torch.float64, device=model.device)
         self._of_layer = {
-            layer: self._sums[:, layer - 1, view.first_head : view.first_head + view.heads].unbind()
+            layer: self._sums[:, layer - 1].narrow(1, view.first_head, view.heads).unbind()
             for layer, view in model.activity.items()
         }
         self._any = False
