@@ -52,13 +52,11 @@ def update_measures(
     return UpdateMeasures(measures_of_grams(delta2), delta3, query, key)
 
 
-@torch.no_grad()
 def delta2_measures(grams: UpdateGrams) -> Measures:
     """The measures [H] of Δ2 alone."""
     return measures_of_grams(products(grams, delta2_only=True)[0])
 
 
-@torch.no_grad()
 def recorded(grams: UpdateGrams) -> tuple[Measures, Tensor]:
     """The measures [H] of Δ2, and all singular values of the other matrices.
 

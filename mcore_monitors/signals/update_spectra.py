@@ -281,9 +281,11 @@ def _gram(old: Tensor, new: Tensor, dtype: torch.dtype) -> Gram | WholeGram:
     """Gram matrices of [ΔW; W], W the old weight."""
     n, d, hidden = old.shape
     limit = _PIECE_BYTES.get(old.device.type, _PIECE_BYTES_ELSEWHERE)
-    step = max(1, min(n, limit // max(1, 2 * d * hidden * dtype.itemsize)))
-    while n % step:
-        step -= 1
+    fitting, step = limit // max(1, 2 * d * hidden * dtype.itemsize), n
+    if n > fitting:
+        step = max(1, fitting)
+        while n % step:
+            step -= 1
     # Filled in place, and one buffer for all pieces: fresh temporaries of this size would cost as
     # much time as the product.
     gap = _GAP if hidden > _SHORT else 0
