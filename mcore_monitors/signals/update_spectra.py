@@ -352,9 +352,9 @@ def _delta2(grams: UpdateGrams, dtype: torch.dtype, overwrite: bool) -> tuple[Te
         inner = of_heads(key.whole(update_first=True), heads)
         left, right = factor.split_with_sizes([d, d], dim=2)
         update, weight = inner.split_with_sizes([d, d], dim=1)
-        product = torch.bmm(left, weight).baddbmm_(right, update)
+        product = torch.baddbmm(torch.bmm(left, weight), right, update)
         update, weight = product.split_with_sizes([d, d], dim=2)
-        return factor, torch.bmm(weight, left.mT).baddbmm_(update, right.mT)
+        return factor, torch.baddbmm(torch.bmm(weight, left.mT), update, right.mT)
 
     first, still = _factor(query.update.clone(), lift)
     across = torch.linalg.solve_triangular(first.mT, query.cross, upper=False)
