@@ -30,10 +30,10 @@ from torch import Tensor
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
+from mcore_monitors.signals.update_grams import update_grams
 from mcore_monitors.signals.update_spectra import (
     UpdateSpectra,
     spectra_from_grams,
-    update_grams,
     update_spectra,
 )
 

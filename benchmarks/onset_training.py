@@ -30,7 +30,8 @@ from torch.nn import functional as F
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
-from mcore_monitors.signals.update_spectra import spectra_from_grams, update_grams
+from mcore_monitors.signals.update_grams import update_grams
+from mcore_monitors.signals.update_spectra import spectra_from_grams
 
 LAYERS, HIDDEN, HEADS, LENGTH, BATCH, WINDOW = 2, 128, 4, 128, 4, 50
 

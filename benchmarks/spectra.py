@@ -40,8 +40,9 @@ import torch
 from torch import Tensor
 
 from mcore_monitors.signals.spectra import effective_rank
+from mcore_monitors.signals.update_grams import update_grams
 from mcore_monitors.signals.update_measures import delta2_measures, update_measures
-from mcore_monitors.signals.update_spectra import update_grams, update_spectra
+from mcore_monitors.signals.update_spectra import update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]

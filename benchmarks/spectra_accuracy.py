@@ -26,12 +26,8 @@ import torch
 from torch import Tensor
 
 from mcore_monitors.signals.spectra import effective_rank
-from mcore_monitors.signals.update_spectra import (
-    UpdateGrams,
-    UpdateSpectra,
-    WholeGram,
-    spectra_from_grams,
-)
+from mcore_monitors.signals.update_grams import UpdateGrams, WholeGram
+from mcore_monitors.signals.update_spectra import UpdateSpectra, spectra_from_grams
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -17,8 +17,8 @@ from ..signals.direction import directions_of, leading_coefficients
 from ..signals.rounding import rounding_energy, without_rounding
 from ..signals.spectra import Measures, measures
 from ..signals.spike import spike
+from ..signals.update_grams import Gram, UpdateGrams, WholeGram, stacked_grams
 from ..signals.update_measures import delta2_measures, recorded
-from ..signals.update_spectra import Gram, UpdateGrams, WholeGram, stacked_grams
 from ..views import ModelView
 from ..windows import SELDOM, Grid
 from .attention_shares import Batch, batches, share_out

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, bmm
 
-from .update_spectra import UpdateGrams, of_heads
+from .update_grams import UpdateGrams, of_heads
 
 #: Directions that are compared.
 COUNT = 2
@@ -45,7 +45,7 @@ def leading_directions(
     """The two leading singular vectors of Δ2 of each head on either side, up to sign.
 
     Args:
-        grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`, for the same weights.
+        grams: of :func:`mcore_monitors.signals.update_grams.update_grams`, for the same weights.
         wq_old, wq_new: [H, d, D], query projection at the earlier and the later sample.
         wk_old, wk_new: [G, d, D], key projection.
 

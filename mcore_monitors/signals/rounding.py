@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from .update_spectra import Gram, UpdateGrams, WholeGram
+from .update_grams import Gram, UpdateGrams, WholeGram
 
 #: Halvings of the search for σ: 2⁻²⁴ of the first bracket.
 _HALVINGS = 24
@@ -93,7 +93,7 @@ def without_rounding(grams: UpdateGrams, query: Tensor, key: Tensor) -> UpdateGr
     What is left need not be the Gram matrix of anything: directions of negative energy get none.
 
     Args:
-        grams: of :func:`mcore_monitors.signals.update_spectra.update_grams`.
+        grams: of :func:`mcore_monitors.signals.update_grams.update_grams`.
         query, key: [H, d], [G, d], of :func:`rounding_energy`.
     """
     return UpdateGrams(_cleaned(grams.query, query), _cleaned(grams.key, key))

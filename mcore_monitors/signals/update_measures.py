@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .gram_measures import LEAST_ROWS, LEAST_WORK, measures_by_traces
 from .spectra import Measures, measures
-from .update_spectra import UpdateGrams, gram_eigenvalues, products, update_grams
+from .update_grams import UpdateGrams, update_grams
+from .update_spectra import gram_eigenvalues, products
 
 
 class UpdateMeasures(NamedTuple):

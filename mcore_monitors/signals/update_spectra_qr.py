@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .update_spectra import UpdateSpectra, check_shapes
+from .update_grams import check_shapes
+from .update_spectra import UpdateSpectra
 
 
 @torch.no_grad()

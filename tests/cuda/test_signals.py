@@ -25,7 +25,8 @@ from mcore_monitors.signals.direction import leading_directions
 from mcore_monitors.signals.eigenvalues import symmetric_eigenvalues
 from mcore_monitors.signals.koopman import profile
 from mcore_monitors.signals.spectra import effective_rank
-from mcore_monitors.signals.update_spectra import update_grams, update_spectra
+from mcore_monitors.signals.update_grams import update_grams
+from mcore_monitors.signals.update_spectra import update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 from mcore_monitors.views import AttentionCall, AttentionView, ModelView, Replica, RouterView
 

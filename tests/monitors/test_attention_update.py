@@ -11,7 +11,8 @@ import torch
 from mcore_monitors.monitors.attention_update import AttentionUpdateMonitor
 from mcore_monitors.signals.rounding import rounding_energy, without_rounding
 from mcore_monitors.signals.spectra import measures
-from mcore_monitors.signals.update_spectra import spectra_from_grams, update_grams
+from mcore_monitors.signals.update_grams import update_grams
+from mcore_monitors.signals.update_spectra import spectra_from_grams
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 from mcore_monitors.views import AttentionView, ModelView, Replica
 from mcore_monitors.windows import Grid

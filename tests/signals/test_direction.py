@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
-from mcore_monitors.signals.update_spectra import update_grams
+from mcore_monitors.signals.update_grams import update_grams
 
 H = 4
 

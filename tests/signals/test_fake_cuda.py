@@ -13,8 +13,9 @@ from mcore_monitors.signals import router
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spectra import measures
 from mcore_monitors.signals.spike import persistent_spike, spike
+from mcore_monitors.signals.update_grams import update_grams
 from mcore_monitors.signals.update_measures import delta2_measures, update_measures
-from mcore_monitors.signals.update_spectra import update_grams, update_spectra
+from mcore_monitors.signals.update_spectra import update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
 
 

@@ -12,7 +12,8 @@ from mcore_monitors.signals.rounding import (
     without_rounding,
 )
 from mcore_monitors.signals.spectra import effective_rank
-from mcore_monitors.signals.update_spectra import UpdateGrams, spectra_from_grams, update_grams
+from mcore_monitors.signals.update_grams import UpdateGrams, update_grams
+from mcore_monitors.signals.update_spectra import spectra_from_grams
 
 H, d, D = 2, 16, 512
 

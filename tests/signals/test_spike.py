@@ -7,7 +7,8 @@ import torch
 
 from mcore_monitors.signals.direction import direction_overlap, leading_directions
 from mcore_monitors.signals.spike import _marchenko_pastur_median, persistent_spike, spike
-from mcore_monitors.signals.update_spectra import spectra_from_grams, update_grams
+from mcore_monitors.signals.update_grams import update_grams
+from mcore_monitors.signals.update_spectra import spectra_from_grams
 
 
 def noise(draws, d, D, seed):

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
+from mcore_monitors.signals import update_grams as forming
 from mcore_monitors.signals import update_measures as measuring
-from mcore_monitors.signals import update_spectra as module
+from mcore_monitors.signals import update_spectra as solving
 from mcore_monitors.signals.spectra import Measures, effective_rank, measures
+from mcore_monitors.signals.update_grams import update_grams
 from mcore_monitors.signals.update_measures import delta2_measures, recorded, update_measures
 from mcore_monitors.signals.update_spectra import (
     UpdateSpectra,
     spectra_from_grams,
-    update_grams,
     update_spectra,
 )
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
@@ -24,7 +25,8 @@ FLOAT32 = torch.float32
 def both_ways(request, monkeypatch):
     """Small matrices are taken as a whole, larger ones in blocks: here each in turn."""
     if request.param == "in blocks":
-        monkeypatch.setattr(module, "_SMALL", 4)
+        monkeypatch.setattr(forming, "SMALL", 4)
+        monkeypatch.setattr(solving, "SMALL", 4)
 
 
 def weights(heads=H, decay=0.0, seed=0, shape=(d, D)):
@@ -136,9 +138,9 @@ def test_grouped_queries_are_repeated_keys(route):
 
 def test_pieces_give_what_one_piece_gives(monkeypatch):
     w = case(1e-3, 3, 0.01, 0.0)
-    monkeypatch.setattr(module, "_PIECE_BYTES", {"cpu": 1})
+    monkeypatch.setattr(forming, "_PIECE_BYTES", {"cpu": 1})
     pieces = update_grams(*w)
-    monkeypatch.setattr(module, "_PIECE_BYTES", {"cpu": 2**30})
+    monkeypatch.setattr(forming, "_PIECE_BYTES", {"cpu": 2**30})
     for one, other in zip(pieces, update_grams(*w), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
