@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcore_monitors.signals.spectra import Measures
+from mcore_monitors.signals.spectra import Measures, measures
 
 #: rows of the smallest matrix, and rows³ × matrices of the fewest, for which this is faster, with
 #: cold caches too
@@ -137,10 +137,7 @@ def _largest(diagonal: np.ndarray, beside: np.ndarray) -> np.ndarray:
     return found
 
 
-def _by_eigenvalues(diagonal: np.ndarray, beside: np.ndarray) -> list[float]:
+def _by_eigenvalues(diagonal: np.ndarray, beside: np.ndarray) -> Measures:
     """The same of one matrix that round-off has made indefinite: negative ones count as zero."""
     values, _ = _lapack().dsterf(diagonal, beside[1:])
-    values = np.maximum(values, 0.0)
-    parts = values[values > 0] / values.sum()
-    entropy = -(parts * np.log(parts)).sum()
-    return [np.exp(entropy), entropy, np.sqrt(values.sum()), values.sum() / values.max()]
+    return measures(torch.from_numpy(values).clamp_(min=0))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .gram_measures import LEAST_ROWS, LEAST_WORK, measures_by_traces
 from .spectra import Measures, measures
 from .update_grams import UpdateGrams, update_grams
-from .update_spectra import gram_eigenvalues, products
+from .update_spectra import delta2_product, gram_eigenvalues, products
 
 
 class UpdateMeasures(NamedTuple):
@@ -54,15 +54,16 @@ def update_measures(
 
 
 def delta2_measures(grams: UpdateGrams) -> Measures:
-    """The measures [H] of Δ2 alone."""
-    return measures_of_grams(products(grams, delta2_only=True)[0])
+    """The measures [H] of Δ2 alone; may overwrite the Gram matrices."""
+    return measures_of_grams(delta2_product(grams))
 
 
 def recorded(grams: UpdateGrams) -> tuple[Measures, Tensor]:
     """The measures [H] of Δ2, and all singular values of the other matrices.
 
     Returns:
-        and [2 H + G, d], squared, descending: those of ΔW_q, of ΔW_k and of Δ3 one after the other.
+        The measures, and [2 H + G, d]: squared singular values, descending, of ΔW_q, of ΔW_k and of
+        Δ3, one after the other.
     """
     delta2, singles = products(grams)
     return measures_of_grams(delta2), gram_eigenvalues(singles)

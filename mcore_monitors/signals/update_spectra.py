@@ -101,26 +101,28 @@ def spectra_from_grams(
 
 
 def products(
-    grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64, delta2_only: bool = False
+    grams: UpdateGrams, *, gram_dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Positive matrices whose eigenvalues are the squared singular values; lower triangles.
 
     Args:
         grams, gram_dtype: as :func:`spectra_from_grams` has them.
-        delta2_only: leave the others out; the Gram matrices may be overwritten.
 
     Returns:
         [H, 2d, 2d], of Δ2; and [2 H + G, d, d], those of ΔW_q, of ΔW_k and of Δ3, one after the
         other.
     """
-    factor, delta2 = _delta2(grams, gram_dtype, overwrite=delta2_only)
-    if delta2_only:
-        return delta2, delta2[:0]
+    factor, delta2 = _delta2(grams, gram_dtype, overwrite=False)
     query, key = (side.update for side in grams)
     heads, d = query.shape[:2]
     first = factor[:, :d, :d]
     delta3 = torch.bmm(torch.bmm(first, of_heads(key, heads)), first.mT)
     return delta2, torch.cat([query, key, delta3])
+
+
+def delta2_product(grams: UpdateGrams) -> Tensor:
+    """The first of :func:`products` alone; may overwrite the Gram matrices, float64."""
+    return _delta2(grams, torch.float64, overwrite=True)[1]
 
 
 def _delta2(grams: UpdateGrams, dtype: torch.dtype, overwrite: bool) -> tuple[Tensor, Tensor]:
