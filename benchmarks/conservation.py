@@ -2,16 +2,18 @@
 
     python benchmarks/conservation.py --json conservation.json
 
-What a sample looks at is what the monitor looks at by default: one sequence in two or four, some
-tokens, two samples of three (mcore_monitors/monitors/conservation); --whole looks at all of it.
+What a sample looks at is what the monitor looks at by default (mcore_monitors/monitors/conservation):
+attention at every other sample, all else at every third, and at every one a place with a reading
+over half its limit; all sequences, one in two or one in four; some tokens. Each fault begins once
+at each turn of its place; the latest alarm counts. --whole looks at all of every sample.
 
 Trains a small language model (benchmarks/conservation_model.py, 16 sequences of 128 bytes of the
 standard library's sources a step) for 300 steps without a fault, then, from that checkpoint and for
 each fault, strength and format, takes ten healthy samples and three faulty ones, two steps apart.
 The tie mechanism of arXiv 2510.04212 needs tied maxima, which a model of this size does not have:
 it is run at the kernel's border on tensors that have them, and so is PyTorch's own fused kernel.
-Healthy runs go on from the same checkpoint with other data. About ten minutes on one core; finished
-rows are kept in --work and not run again.
+Healthy runs go on from the same checkpoint with other data. About twenty minutes on one core;
+finished rows are kept in --work and not run again.
 
 An alarm is one of two things, at one place and residual:
 
@@ -58,7 +60,10 @@ from conservation_model import (  # noqa: E402
     readings,
 )
 
+from mcore_monitors.catalogue.conservation import EVIDENCE  # noqa: E402
 from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E402
+from mcore_monitors.monitors.base import Rhythm, StepState  # noqa: E402
+from mcore_monitors.monitors.conservation.turns import Turns, stride_of  # noqa: E402
 from mcore_monitors.signals import conservation as c  # noqa: E402
 
 LENGTH, SEQUENCES, WARM_UP, HEALTHY_BEFORE, FAULTY = 128, 16, 300, 10, 3
@@ -68,6 +73,11 @@ WINDOWS = (1, 3, 10)
 LEVEL = 1e-5
 #: A bias below this share of the floor is no fault, however sure.
 LEAST_BIAS = 0.25
+BIAS_SIGNAL, SPREAD_SIGNAL = EVIDENCE
+#: sizes at places of each kind, as they are called here
+SIZES = ("attention/", "norm/", "router/", "loss/")
+#: takes a signal's name, a reading, and the share of its limit that it has
+Note = Callable[[str, Reading, float], None]
 #: what rounding may leave of query–key (root mean square), as a part of the limit
 SPREAD = 0.25
 
@@ -92,60 +102,87 @@ OTHER = {
 
 
 class Judge:
-    """Alarms from readings: sizes at once, directions over windows."""
+    """Alarms from readings: sizes at once, directions over windows.
 
-    def __init__(self) -> None:
-        self._windows: dict[tuple[str, int], list[c.SampleWindow]] = {}
+    Args:
+        first: number of the first sample.
+        whole: look at all of every sample.
+    """
+
+    def __init__(self, first: int, whole: bool) -> None:
+        self._windows: dict[tuple[str, int], c.SampleWindow] = {}
         self._spreads: dict[tuple[str, int], c.SampleWindow] = {}
+        #: what the last sample showed
+        self.found: list[Reading] = []
+        self._state = StepState(iteration=first)
+        limits = dict.fromkeys((*SIZES, *EVIDENCE), 1.0)
+        self.turns = None if whole else Turns(Rhythm(1), self._state, limits, whole=False)
 
     def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
         """Alarms of one sample."""
-        found = list(found)
-        directions = sum(len(r.direction) for r in found if r.direction is not None)
-        groups = sum(len(r.direction[0]) for r in found if r.direction is not None)
-        tests = len(WINDOWS) * directions
-        alarms = []
-        for place, window in self._spreads.items():  # of places that rest at this sample as well
-            here = [r for r in found if r.place == place and r.spread is not None]
-            window.add(here[0].spread.numpy() if here else np.zeros((HEADS, 2)))
+        self.found = found = list(found)
+        alarms: list[dict[str, Any]] = []
+        near: dict[str, dict[int, list[float]]] = {}
+
+        def note(name: str, r: Reading, share: float) -> None:
+            """A reading as the monitor's turns take it: a share of its limit."""
+            near.setdefault(name, {}).setdefault(r.place[1], []).append(share)
+
+        for windows, terms, shape in (
+            (self._windows, "direction", (2 * HEADS, 4)),
+            (self._spreads, "spread", (HEADS, 2)),
+        ):
+            here = {r.place: getattr(r, terms) for r in found if getattr(r, terms) is not None}
+            for place in here.keys() | windows.keys():  # also of places that rest at this sample
+                window = windows.setdefault(place, c.SampleWindow(*shape, WINDOWS))
+                sums = here[place].numpy() if place in here else np.zeros(shape)
+                window.add(sums.reshape(shape))
+        attentions = max(1, len(self._windows))
         for r in found:
             over = [i for i, v in enumerate(r.value) if not v <= r.limit]
+            note(r.place[0] + "/", r, max(r.value) / r.limit)
             if over:
                 alarms.append(_alarm(r, "size", over))
             if r.spread is not None:
-                if r.place not in self._spreads:
-                    self._spreads[r.place] = c.SampleWindow(HEADS, 2, WINDOWS)
-                    self._spreads[r.place].add(r.spread.numpy())
-                alarms += self._spread(r, set(over), math.log(LEVEL / (len(WINDOWS) * groups)))
-            if over or r.direction is None:
-                continue
-            windows = self._windows.setdefault(
-                r.place, [c.SampleWindow(len(d), 4, WINDOWS) for d in r.direction]
-            )
-            for window, sums in zip(windows, r.direction, strict=True):
-                window.add(sums.numpy())
-                for last, of_last in zip(WINDOWS, window.sums(), strict=True):
-                    units = self._biased(of_last, r, math.log(LEVEL / tests))
-                    if units:
-                        alarms.append(_alarm(r, f"direction over {last}", units))
-                        break
+                log_level = math.log(LEVEL / (len(WINDOWS) * attentions * HEADS))
+                alarms += self._spread(r, set(over), log_level, note)
+            if r.direction is not None:
+                log_level = math.log(LEVEL / (len(WINDOWS) * attentions * 2))
+                alarms += self._direction(r, bool(over), log_level, note)
+        if self.turns is not None:
+            self.turns.heed(near)
+        self._state.iteration += 1
         return alarms
 
-    def _spread(self, r: Reading, over: set[int], log_level: float) -> list[dict[str, Any]]:
+    def _spread(
+        self, r: Reading, over: set[int], log_level: float, note: Note
+    ) -> list[dict[str, Any]]:
         window, sigma = self._spreads[r.place], SPREAD * r.limit
         for last, sums in zip(WINDOWS, window.sums(), strict=True):
             log_p = c.spread_log_p(sums[:, 0], sums[:, 1], sigma)
+            note(SPREAD_SIGNAL, r, float(log_p.min()) / log_level)
             units = [i for i, p in enumerate(log_p.tolist()) if p <= log_level and i not in over]
             if units:
                 return [_alarm(r, f"spread over {last}", units)]
         return []
 
-    @staticmethod
-    def _biased(sums: np.ndarray, r: Reading, log_level: float) -> list[int]:
-        if not c.direction_layer_log_p(sums) <= log_level:
-            return []
-        bias = c.direction_bias(sums)
-        return [i for i in range(len(bias)) if bias[i] >= LEAST_BIAS * r.floor]
+    def _direction(
+        self, r: Reading, over: bool, log_level: float, note: Note
+    ) -> list[dict[str, Any]]:
+        alarms = []
+        sums = self._windows[r.place].sums().reshape(len(WINDOWS), 2, HEADS, 4)
+        for direction in (0, 1):
+            for last, of_last in zip(WINDOWS, sums[:, direction], strict=True):
+                bias = c.direction_bias(of_last)
+                units = [i for i in range(HEADS) if bias[i] >= LEAST_BIAS * r.floor]
+                log_p = float(c.direction_layer_log_p(of_last))
+                if not units or not log_p < 0:
+                    continue
+                note(BIAS_SIGNAL, r, log_p / log_level)
+                if log_p <= log_level and not over:
+                    alarms.append(_alarm(r, f"direction over {last}", units))
+                    break
+        return alarms
 
 
 def _alarm(r: Reading, by: str, units: list[int]) -> dict[str, Any]:
@@ -158,25 +195,50 @@ def over_floor(found: Iterable[Reading], place: tuple[str, int]) -> dict[str, fl
 
 
 def run_fault(
-    training: Training,
+    training: Callable[[], Training],
     fault: Faults,
     place: tuple[str, int],
     units: tuple[int, ...],
     whole: bool,
 ) -> dict[str, Any]:
-    """Ten healthy samples, then three faulty ones; stops at the first alarm."""
-    judge, before, first = Judge(), 0, None
+    """The fault begun at each turn of its place; the row of the latest alarm."""
+    turns = 1 if whole else stride_of(place[0])
+    return _latest(turns, lambda first: _run_fault(training(), fault, place, units, whole, first))
+
+
+def _latest(turns: int, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """The row of the latest alarm, of runs that begin at samples of so many numbers."""
+    rows = [run(first) for first in range(turns)]
+    firsts = [row["first_sample"] for row in rows]
+    row = rows[max(range(len(rows)), key=lambda i: firsts[i] or math.inf)]
+    return row | {
+        "first_samples": firsts,
+        "site_right": all(r["site_right"] for r in rows),
+        "alarms_before": sum(r["alarms_before"] or 0 for r in rows),
+    }
+
+
+def _run_fault(
+    training: Training,
+    fault: Faults,
+    place: tuple[str, int],
+    units: tuple[int, ...],
+    whole: bool,
+    number: int,
+) -> dict[str, Any]:
+    """Ten healthy samples from that number on, then faulty ones; stops at the first alarm."""
+    judge, before, first = Judge(number, whole), 0, None
     row: dict[str, Any] = {"over_floor_by_residual": {}}
     for sample in range(1 - HEALTHY_BEFORE, FAULTY + 1):
         training.model.faults = fault if sample >= 1 else _remembering(fault)
         training.step()
         _, seen = training.step(sample=True)
-        found = list(readings(seen, None if whole else HEALTHY_BEFORE + sample))
-        alarms = judge.sample(found)
+        alarms = judge.sample(readings(seen, judge.turns))
         if sample < 1:
             before += bool(alarms)
             continue
         # of the first sample that looks at it
+        found = judge.found
         row["over_floor_by_residual"] = over_floor(found, place) | row["over_floor_by_residual"]
         if alarms:
             first = sample
@@ -217,8 +279,15 @@ def run_tie(
     kernel: Callable[..., Tensor], seed: int, samples: int, whole: bool
 ) -> dict[str, Any]:
     """A kernel in bfloat16 on tensors with tied maxima, at its border."""
+    turns = 1 if whole else stride_of("attention")
+    return _latest(turns, lambda number: _run_tie(kernel, seed, samples, whole, number))
+
+
+def _run_tie(
+    kernel: Callable[..., Tensor], seed: int, samples: int, whole: bool, number: int
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
-    judge, first = Judge(), None
+    judge, first = Judge(number, whole), None
     row: dict[str, Any] = {"over_floor_by_residual": {}}
     for sample in range(1, samples + 1):
         tensors = attention_inputs("two tied sinks", 256, SEQUENCES, HEADS, DIM, generator)
@@ -228,10 +297,9 @@ def run_tie(
         o = kernel(q, k, v)
         grads = torch.autograd.grad(o, (q, k, v), do)
         x, g = [t.detach() for t in (q, k, v, o)], [*grads, do]
-        found = list(attention_readings(("attention", 1), x, g, None if whole else sample))
-        alarms = judge.sample(found)
+        alarms = judge.sample(attention_readings(("attention", 1), x, g, judge.turns))
         row["over_floor_by_residual"] = (
-            over_floor(found, ("attention", 1)) | row["over_floor_by_residual"]
+            over_floor(judge.found, ("attention", 1)) | row["over_floor_by_residual"]
         )
         if alarms and first is None:
             first = sample
@@ -287,15 +355,14 @@ def run_healthy(
     saved: dict[str, Any], fmt: str, seed: int, samples: int, whole: bool
 ) -> dict[str, Any]:
     """A run without a fault, every step sampled: alarms of each kind and largest sizes."""
-    training, judge = started(saved, fmt, seed), Judge()
+    training, judge = started(saved, fmt, seed), Judge(0, whole)
     sizes, directions, largest = 0, 0, 0.0
-    for sample in range(samples):
+    for _ in range(samples):
         _, seen = training.step(sample=True)
-        found = list(readings(seen, None if whole else sample))
-        alarms = judge.sample(found)
+        alarms = judge.sample(readings(seen, judge.turns))
         sizes += any(a["by"] == "size" for a in alarms)
         directions += any(a["by"] != "size" for a in alarms)
-        largest = max(largest, *(max(r.value) / r.limit for r in found))
+        largest = max(largest, *(max(r.value) / r.limit for r in judge.found))
     return {
         "format": fmt, "seed": seed, "samples": samples, "over_limit": sizes,
         "direction_alarms": directions, "largest_over_limit": largest,
@@ -327,7 +394,8 @@ def main() -> None:
         sizes = "  ".join(f"{n} {v:.2g}" for n, v in row["over_floor_by_residual"].items())
         by = sorted({a["residual"] + " " + a["by"] for a in row.get("alarms", [])})
         print(
-            f"{name:24} {strength:<7g} {fmt:14} first {row['first_sample']} site "
+            f"{name:24} {strength:<7g} {fmt:14} first "
+            f"{row.get('first_samples', row['first_sample'])} site "
             f"{'right' if row['site_right'] else 'not named'} | {sizes} | {'; '.join(by)}",
             flush=True,
         )
@@ -340,7 +408,7 @@ def main() -> None:
 
                 def make(name=name, strength=strength, fmt=fmt, heads=heads) -> dict[str, Any]:
                     fault = KernelFault(name, strength, None if heads == ALL else heads)
-                    training = started(saved, fmt, seed=SEED)
+                    training = partial(started, saved, fmt, seed=SEED)
                     return run_fault(
                         training, Faults(attention={1: fault}), ("attention", 1), heads, whole
                     )
@@ -350,7 +418,8 @@ def main() -> None:
         for fmt in FORMATS:
 
             def make(fault=fault, place=place, fmt=fmt) -> dict[str, Any]:
-                return run_fault(started(saved, fmt, seed=SEED), fault, place, (0,), whole)
+                training = partial(started, saved, fmt, seed=SEED)
+                return run_fault(training, fault, place, (0,), whole)
 
             row = kept.get(f"{name} {fmt}", make)
             done(name, 1 / EXPERTS if place[0] == "router" else 1, fmt, row)

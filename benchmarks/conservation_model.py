@@ -31,7 +31,8 @@ from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E
 from mcore_monitors.faults.loss import sharded_cross_entropy  # noqa: E402
 from mcore_monitors.faults.norm import norm  # noqa: E402
 from mcore_monitors.faults.router import lose_column  # noqa: E402
-from mcore_monitors.monitors.conservation import ONE_IN, REST, TOKENS  # noqa: E402
+from mcore_monitors.monitors.conservation import ONE_IN, TOKENS  # noqa: E402
+from mcore_monitors.monitors.conservation.turns import Turns, norm_place  # noqa: E402
 from mcore_monitors.signals import conservation as c  # noqa: E402
 
 LAYERS, HIDDEN, HEADS, DIM, EXPERTS, EPS = 2, 128, 4, 32, 8, 1e-5
@@ -169,18 +170,22 @@ class Reading:
 
 @torch.no_grad()
 def attention_readings(
-    place: tuple[str, int], tensors: list[Tensor], gradients: list[Tensor], turn: int | None = None
+    place: tuple[str, int],
+    tensors: list[Tensor],
+    gradients: list[Tensor],
+    turns: Turns | None = None,
 ) -> Iterator[Reading]:
     """The three attention residuals from (Q, K, V, O) and their gradients, [S, B, H, d] each.
 
     Args:
-        turn: number of the sample; the monitor's own choice of sequences is looked at then. None
-            looks at all of them.
+        turns: the monitor's own choice of samples and sequences. None looks at all of them.
     """
+    if not _is_due(place, turns):
+        return
     sizes = (len(tensors[0]), tensors[1].shape[-1], tensors[1].dtype)
 
     def some(one_in: int) -> tuple[Tensor, ...]:
-        at = slice(None) if turn is None else slice(turn // REST % one_in, None, one_in)
+        at = slice(None) if turns is None else turns.some("attention", one_in)
         return tuple(x[:, at] for x in (*tensors, *gradients))
 
     q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/key_shift"])
@@ -189,8 +194,6 @@ def attention_readings(
     directions = torch.stack([c.direction_terms(x, scale) for x in along]).double()
     ratio = c.key_shift_from_terms(signed, scale)
     yield _reading("key_shift", place, ratio, *sizes, direction=directions)
-    if _rests(place, turn):
-        return
     q, k, v, o, dq, dk, dv, do = some(ONE_IN["attention/value_output"])
     ratio = c.value_output_from_terms(*c.value_output_terms(v, dv, o, do))
     yield _reading("value_output", place, ratio, *sizes)
@@ -201,25 +204,25 @@ def attention_readings(
     yield _reading("query_key", place, ratio, *sizes, spread=spread)
 
 
-def _rests(place: tuple[str, int], turn: int | None) -> bool:
-    return turn is not None and place[1] % REST == turn % REST
+def _is_due(place: tuple[str, int], turns: Turns | None) -> bool:
+    kind, number = place
+    return turns is None or turns.is_due(kind, norm_place(number, 0) if kind == "norm" else number)
 
 
 @torch.no_grad()
-def readings(seen: Seen, turn: int | None = None) -> Iterator[Reading]:
+def readings(seen: Seen, turns: Turns | None = None) -> Iterator[Reading]:
     """All residuals of one sample, from the tensors it showed and their gradients."""
     for place, tensors in seen.items():
         x, g = [t.detach() for t in tensors], [t.grad for t in tensors]
         if place[0] == "attention":
-            yield from attention_readings(place, x, g, turn)
+            yield from attention_readings(place, x, g, turns)
             continue
-        if _rests(place, turn):
+        if not _is_due(place, turns):
             continue
         if place[0] == "norm":
             residual = "norm_scale"
-            if turn is not None:
-                stride = max(1, x[0].shape[:-1].numel() // TOKENS)
-                at = slice(turn // REST % stride, None, stride)
+            if turns is not None:
+                at = turns.some("norm", max(1, x[0].shape[:-1].numel() // TOKENS))
                 x, g = ([t.flatten(0, 1)[at] for t in some] for some in (x, g))
             terms = c.norm_scale_terms(x[0], g[0], x[1], g[1], eps=EPS, centred=False)
             ratio = c.norm_scale_from_terms(*terms)

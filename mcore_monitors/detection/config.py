@@ -84,6 +84,8 @@ class DetectionConfig:
             interval: iterations between two samples.
             windows: windows of the update signals that are judged, in iterations.
         """
+        # Most residuals are looked at in every third sample until they are over their limit.
+        residual = max(self.sustain, 4) * interval
         # A window may be compared less often than the run is sampled.
         samples = max(self.sustain, 2)
-        return max([samples * interval, *(samples * judged_stride(w, interval) + w for w in windows)])
+        return max([residual, *(samples * judged_stride(w, interval) + w for w in windows)])

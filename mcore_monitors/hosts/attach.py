@@ -95,6 +95,7 @@ def build_monitors(
                 context,
                 vocabulary,
                 whole=config.check or wanted.conservation.whole,
+                limits=_limits(config, model),
                 interval=config.interval,
                 state=state,
             ),

@@ -54,9 +54,12 @@ def cross(
     layout: str = "sbhd",
     order: tuple[str, ...] = ("o", "v", "k", "q"),
 ) -> None:
-    """Let a call cross the border: forward, then its gradients one after the other."""
+    """Let a call cross the border: forward, then its gradients one after the other.
+
+    What is not in ``order`` wants no gradient.
+    """
     arranged = {n: _as(layout, x) for n, x in parts.items()}
-    tensors = {n: arranged[n].clone().requires_grad_() for n in TENSORS}
+    tensors = {n: arranged[n].clone().requires_grad_(n in order) for n in TENSORS}
     # what a host hands over is part of a graph, not a leaf
     inner = {n: x * 1 for n, x in tensors.items()}
     monitor.on_attention(

@@ -201,7 +201,7 @@ def test_a_broken_head_does_not_hide_the_others() -> None:
     assert not any(math.isnan(v) for v in values[2])
 
 
-def test_what_no_rule_judges_is_computed_at_every_fifth_sample() -> None:
+def test_what_no_rule_judges_is_computed_at_some_samples_only() -> None:
     """Δ2 of the judged window at every sample, with the values that it has when all is computed."""
     model = TinyModel()
     all_of_it = AttentionUpdateMonitor(model.view(), [10, 20], interval=10)

@@ -15,9 +15,10 @@ from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, EVIDENCE,
 from mcore_monitors.hosts.observed_norm import norm_form, observe_norm
 from mcore_monitors.hosts.taps import Tap
 from mcore_monitors.monitors.base import StepState
-from mcore_monitors.monitors.conservation import REST, TOKENS, ConservationMonitor
+from mcore_monitors.monitors.conservation import TOKENS, ConservationMonitor
 from mcore_monitors.monitors.conservation.evidence import Directions, Spread
 from mcore_monitors.monitors.conservation.limits import residual_limits, smallest_bias
+from mcore_monitors.monitors.conservation.turns import stride_of
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import Conserved, ModelView
 
@@ -241,29 +242,6 @@ def test_a_recomputed_norm_counts_once() -> None:
     torch.testing.assert_close(readings[0][1], readings[2][1])
 
 
-def test_of_many_tokens_some_are_looked_at_and_all_in_turn() -> None:
-    """A token whose gradient is broken is met at one of the next samples."""
-
-    class OneTokenOffRMSNorm(CarelessRMSNorm):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            right = nn.functional.rms_norm(x, (16,), eps=self.eps)
-            odd = (x[..., :1] > 50).to(x.dtype)
-            return odd * super().forward(x) + (1 - odd) * right
-
-    block, watched, state = built(OneTokenOffRMSNorm(), whole=False)
-    x = normal(4 * TOKENS, 1, 16)
-    x[6, 0, 0] = 100.0
-    seen = []
-    for turn in range(4 * REST):
-        state.iteration = 10 * turn
-        block(x.clone().requires_grad_()).square().sum().backward()
-        values = sample([watched], state.iteration).get(SCALE)
-        if values is not None and values[2][1] > 1e-5:
-            seen.append(turn)
-    # the third of four sets of tokens; at one of its three samples the norm rests
-    assert seen == [7, 8]
-
-
 def test_the_input_may_go_into_a_norm_by_many_ways_and_elsewhere_too() -> None:
     """The parts of the norm's gradient are added up, and nothing else is: leaf or not."""
 
@@ -378,8 +356,8 @@ def test_the_monitor_gives_evidence_of_two_scores_in_one_kernel() -> None:
     for off in (0.0, 0.02):
         state = StepState()
         watched = ConservationMonitor(model, GroupSum(None), state=state)
-        for step in range(3):
-            state.iteration = step
+        for step in range(0, 3 * stride_of("attention"), stride_of("attention")):
+            state.iteration = step + 1
             parts = attention(seed=step, batch=32, length=64, channels=16, dtype=torch.bfloat16)
             parts["dk"][:, :, 1] *= 1 + off
             cross(watched, 1, parts)

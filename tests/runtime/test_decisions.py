@@ -27,7 +27,7 @@ def _config(folder: Path, mode: str) -> Config:
     return settings(
         folder,
         interval=1,
-        recovery={"mode": mode, "quiet": 3},
+        recovery={"mode": mode, "quiet": 4},
         detection={"sustain": 1},
     )
 

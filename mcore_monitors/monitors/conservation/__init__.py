@@ -9,6 +9,7 @@ size of query–key its square, against what rounding can leave of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -34,17 +35,15 @@ from .limits import largest_spread, smallest_bias
 from .rows import AlikeRows
 from .sums import UnitSums
 from .terms import PendingTerms, Terms
+from .turns import Turns, norm_place
 
 _RESIDUALS = "residuals"
 _BIAS, _SPREAD = "attention/key_shift_bias", "attention/query_key_spread"
-_KEY_SHIFT, _, _QUERY_KEY = ATTENTION_RESIDUALS
+_QUERY_KEY = ATTENTION_RESIDUALS[2]
 #: one sequence of so many is looked at: more where evidence is added up over sequences
-ONE_IN = dict(zip(ATTENTION_RESIDUALS, (2, 4, 2), strict=True))
+ONE_IN = dict(zip(ATTENTION_RESIDUALS, (1, 4, 2), strict=True))
 #: tokens of a call of a norm that are looked at, at least; up to twice as many
 TOKENS = 16
-#: a place rests at one sample of so many: any three in a row look at it twice, which is what an
-#: alarm takes. Not the key shift, whose evidence lives by the number of sequences
-REST = 3
 #: a total and a count for each unit, and what else there is
 _SUMS = dict(
     zip(
@@ -63,6 +62,7 @@ class ConservationMonitor(Monitor):
         context: adds up over the ranks that hold the rest of each sequence.
         vocabulary: adds up over the ranks that hold the rest of each token's logits.
         whole: look at all sequences and tokens of a sample, not at some of them in turn.
+        limits: signal to limit, the same on every rank: what comes near it is looked at closely.
         interval: iterations between samples.
         state: tells the hooks which iteration is in progress, hence whose turn it is.
 
@@ -79,6 +79,7 @@ class ConservationMonitor(Monitor):
         vocabulary: GroupSum | None = None,
         *,
         whole: bool = False,
+        limits: Mapping[str, float] | None = None,
         interval: int = 1,
         state: StepState | None = None,
     ) -> None:
@@ -94,8 +95,7 @@ class ConservationMonitor(Monitor):
         self._alike = AlikeRows(self._take_rows)
         #: layers, each with its first group, to where their evidence stands
         self._rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._rhythm, self._state = Rhythm(interval), state or StepState()
-        self._whole = whole
+        self._turns = Turns(Rhythm(interval), state or StepState(), limits or {}, whole=whole)
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -108,57 +108,46 @@ class ConservationMonitor(Monitor):
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Watch one micro-batch of an attention kernel."""
-        count = call.sequences
+        if not self._turns.is_due("attention", layer):
+            return
         some = {
-            signal: self._in_turn(min(one_in, count))
+            signal: self._turns.some("attention", min(one_in, call.sequences))
             for signal, one_in in ONE_IN.items()
             if layer in self._conserved[signal].places
-            and (signal == _KEY_SHIFT or not self._rests(layer))
         }
         if some:
             AttentionBorder(call, some, partial(self._take_attention, layer), self.guard)
 
-    @property
-    def _turn(self) -> int:
-        return self._rhythm.turn(self._state.iteration)
-
-    def _rests(self, place: int) -> bool:
-        return not self._whole and place % REST == self._turn % REST
-
     def _positions(self, tokens: int, positions: int) -> slice:
-        return self._in_turn(min(max(1, tokens // TOKENS), positions))
-
-    def _in_turn(self, stride: int) -> slice:
-        """Every so-and-so-many-th, others after three samples; the same ones on all ranks."""
-        return slice(None) if self._whole else slice(self._turn // REST % stride, None, stride)
+        return self._turns.some("norm", min(max(1, tokens // TOKENS), positions))
 
     def _take_attention(self, layer: int, signal: str, terms: Terms) -> None:
         self._context.add(signal, layer, terms)
 
     def on_norm(self, layer: int, unit: int, call: NormCall) -> None:
         """Watch one micro-batch of a norm; ``unit`` is its place in the catalogue's ``NORMS``."""
-        place = self._place("norm/scale", layer, unit)
-        if self._rests(place):
+        place = norm_place(layer, unit)
+        if not self._turns.is_due("norm", place):
             return
         bias = () if call.bias is None else (call.bias.detach(),)
         kind = ("norm", call.eps, call.centred)
 
-        def deliver(*tensors: torch.Tensor) -> None:
-            self._alike.add(kind, place, *tensors, *bias)
+        def deliver(tensors: torch.Tensor) -> None:
+            self._alike.add(kind, place, tensors, *bias)
 
         NormBorder(call, self._positions, deliver, self.guard)
 
     def on_router(self, layer: int, logits: torch.Tensor, *_: Any, **__: Any) -> None:
         """Watch the router logits [..., E] of one micro-batch."""
-        if logits.requires_grad and not self._rests(layer):
+        if logits.requires_grad and self._turns.is_due("router", layer):
             logits.register_hook(self.guard(partial(self._on_router_gradient, layer)))
 
     def _on_router_gradient(self, layer: int, gradient: torch.Tensor) -> None:
-        self._alike.add("router", self._place("router/shift", layer, 0), bare(gradient))
+        self._alike.add("router", layer - 1, bare(gradient))
 
     def on_output(self, layer: int, logits: torch.Tensor) -> None:
         """Watch the logits [..., V] over this rank's part of the vocabulary."""
-        if logits.requires_grad and not self._rests(layer):
+        if logits.requires_grad and self._turns.is_due("output", layer):
             logits.register_hook(self.guard(partial(self._on_output_gradient, layer)))
 
     def _on_output_gradient(self, layer: int, gradient: torch.Tensor) -> None:
@@ -172,10 +161,6 @@ class ConservationMonitor(Monitor):
 
     # ---- sums ----
 
-    def _place(self, signal: str, layer: int, unit: int) -> int:
-        """Where a unit of a layer stands in a row of all of them."""
-        return (layer - 1) * self._conserved[signal].units + unit
-
     def _take_rows(
         self, kind: Any, places: tuple[int, ...], tensors: list[torch.Tensor]
     ) -> None:
@@ -184,7 +169,7 @@ class ConservationMonitor(Monitor):
             self._pool("router/shift", places, router_shift_terms(*tensors))
             return
         _, eps, centred = kind
-        x, dx, y, dy, *bias = tensors
+        (x, dx, y, dy), bias = tensors[0].unbind(1), tensors[1:]
         bias = bias[0].view(len(places), *(1,) * (x.dim() - 2), -1) if bias else None
         terms = norm_scale_terms(x, dx, y, dy, eps=eps, centred=centred, bias=bias)
         self._pool("norm/scale", places, terms)
@@ -230,8 +215,8 @@ class ConservationMonitor(Monitor):
         signed: torch.Tensor, scale: torch.Tensor, directions: torch.Tensor
     ) -> torch.Tensor:
         """Sums of the key shift along its directions [layers, B, G, n, d]: [layers, G, n, 4]."""
-        number = key_shift_along(signed, directions.permute(3, 0, 1, 2, 4)).permute(2, 1, 3, 0)
-        return direction_terms(number, scale.transpose(0, 1).unsqueeze(-1).expand_as(number))
+        number = key_shift_along(signed, directions.movedim(3, 0))
+        return direction_terms(number, scale.expand_as(number)).permute(1, 2, 0, 3)
 
     def _add_rows(
         self,
@@ -256,6 +241,7 @@ class ConservationMonitor(Monitor):
         self._sums.clear()
         self._directions.clear()
         self._spread.clear()
+        self._turns.restart()
 
     # ---- readings ----
 
@@ -270,6 +256,7 @@ class ConservationMonitor(Monitor):
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
         evidence = self._spread.add(fields[_SPREAD].numpy()).tolist()
         readings[_SPREAD] = {layer: evidence[layer - 1] for layer in readings[_QUERY_KEY]}
+        self._turns.heed(readings)
         # what no layer has, as the routers of a dense model, is no reading
         return {signal: layers for signal, layers in readings.items() if layers}
 

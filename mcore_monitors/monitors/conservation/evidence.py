@@ -51,6 +51,8 @@ class Directions:
         self._window.add(_finite(sums.reshape(-1, self.shape[-1])))
         windows = self._window.sums().reshape(-1, *self.shape)
         biased = (direction_bias(windows) >= self._least).any(-1)
+        if not biased.any():  # as nearly always
+            return np.zeros(self.shape[:2])
         log_p = direction_layer_log_p(windows)
         # a unit that nobody counted has no direction: 0/0 is no evidence
         return np.where(biased & (log_p < 0), -log_p, 0.0).max(0)
@@ -87,9 +89,10 @@ class Spread:
         """
         here = sums[..., 1] > 0
         self._window.add(_finite(sums.reshape(-1, self.shape[-1])))
-        windows = self._window.sums().reshape(-1, *self.shape)
-        log_p = spread_log_p(windows[..., 0], windows[..., 1], self._sigma)
-        return np.where(here, -log_p.min(0), np.nan)
+        squares, count = np.moveaxis(self._window.sums().reshape(-1, *self.shape), -1, 0)
+        if not (squares > self._sigma**2 * count).any():  # as nearly always
+            return np.where(here, 0.0, np.nan)
+        return np.where(here, -spread_log_p(squares, count, self._sigma).min(0), np.nan)
 
     def clear(self) -> None:
         """Forget all samples."""

@@ -37,6 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .terms import ratios
+
 #: sums of :func:`direction_terms`, wherever they are: behind the collective they are a few numbers
 #: on the host, of which NumPy takes a third of the time
 Sums = Tensor | np.ndarray
@@ -46,17 +48,26 @@ def direction_terms(signed: Tensor, scale: Tensor) -> Tensor:
     """Sums over the sequences of a call, per unit.
 
     Args:
-        signed: [B, G, d], or [B, G] for a residual that is one number; complete over a sequence.
-        scale: [B, G].
+        signed: [..., B, G, d], or [..., B, G] for a residual that is one number; complete over a
+            sequence.
+        scale: [..., B, G].
 
     Returns:
-        [G, d + 3] (d = 1 for a number): Σ r_i, Σ‖r_i‖, Σ‖r_i‖², number of sequences.
+        [..., G, d + 3] (d = 1 for a number): Σ r_i, Σ‖r_i‖, Σ‖r_i‖², number of sequences.
     """
-    vectors = signed.unsqueeze(-1) if signed.dim() == scale.dim() else signed
-    counted = (scale != 0).unsqueeze(-1)
-    r = torch.where(counted, vectors / torch.where(counted, scale.unsqueeze(-1), 1.0), 0.0)
-    norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-    return torch.cat([r, norm, norm.square(), counted.to(r.dtype)], dim=-1).sum(0)
+    if signed.dim() > scale.dim():
+        r, counted = _counted(signed, scale.unsqueeze(-1))
+        norm = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+        return torch.cat([r, norm, norm.square(), counted], dim=-1).sum(-3)
+    r, counted = _counted(signed, scale)
+    return torch.stack([r, r.abs(), r.square(), counted], dim=-1).sum(-3)
+
+
+def _counted(signed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Ratios, 0 where they don't count, and 1 or 0."""
+    r, counted = ratios(signed, scale)
+    counted = counted.to(r.dtype)
+    return r * counted, counted
 
 
 def direction_coherence(sums: Sums) -> Sums:

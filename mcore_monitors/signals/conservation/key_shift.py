@@ -143,12 +143,13 @@ def key_shift_along(signed: Tensor, directions: Tensor) -> Tensor:
     """−Σ_j dK_j along each direction of unit length: positive where δ is too large.
 
     Args:
-        signed: [B, G, d] of :func:`key_shift_terms`; directions: [2, B, G, d] of
+        signed: [..., B, G, d] of :func:`key_shift_terms`; directions: [2, ..., B, G, d] of
             :func:`key_shift_directions`; both complete over each sequence.
 
     Returns:
-        [2, B, G], in the units of ``signed``: divide by the scale, or hand both to
+        [2, ..., B, G], in the units of ``signed``: divide by the scale, or hand both to
         :func:`mcore_monitors.signals.conservation.direction_terms`.
     """
     length = torch.linalg.vector_norm(directions, dim=-1)
-    return -(signed * directions).sum(-1) / torch.where(length != 0, length, 1.0)
+    least = torch.finfo(length.dtype).tiny
+    return -(signed * directions).sum(-1) / length.clamp(least)
