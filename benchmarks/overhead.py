@@ -7,11 +7,12 @@ ten steps, which monitors are on: none, all, each alone, and round again, with t
 settings. A block holds one sample, as a run at interval 10 does. The time of a mode is nine times
 the median of its steps without a sample and once that of its steps with one, over all its blocks,
 and its share (time of the mode) / (time with none) − 1: a machine that slows down for a while slows
-all modes alike, and a single hiccup moves no median. Every fifth sample of the attention updates
-compares all windows and costs more: the two kinds have a median each, weighted 4 to 1.
+all modes alike, and a single hiccup moves no median. Every tenth sample of the attention updates
+compares two windows, tells all of them and costs more: the two kinds have a median each, weighted 9
+to 1.
 
 What no rule judges is looked at in some samples only (``monitors.*.every``), so the cost of a
-sample inside of the monitors is the mean over all of them; it takes a multiple of ten rounds for
+sample inside of the monitors is the mean over all of them; it takes a multiple of twenty rounds for
 every turn to come equally often.
 
 A difference of whole steps can't tell 0.3% from nothing within minutes. So the headline shares are
@@ -43,12 +44,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "benchmarks")]
 
-from overhead_worker import MODES, SEEN  # noqa: E402
+from overhead_worker import LEFT_OUT, MODES, SEEN  # noqa: E402
 
 from mcore_monitors.windows import SELDOM  # noqa: E402
 
 INTERVAL = 10
-#: samples after which what the attention updates compare comes round
+#: samples after which what the attention updates compare comes round; rounds are a multiple of it
 _TURNS = 2 * SELDOM
 #: names in the results where they are not those of the settings
 KEYS = {"attention_update": "attention"}
@@ -79,7 +80,7 @@ def run(rounds: int, folder: Path) -> tuple[np.ndarray, list[dict[str, float]], 
         str(binaries / "deepspeed"), "--num_accelerators", "2", "--no_local_rank",
         "--master_port", "29477", str(ROOT / "benchmarks" / "overhead_worker.py"),
         *MEGATRON_ARGUMENTS,
-        "--train-iters", str(cycle * (rounds + 2)),
+        "--train-iters", str(cycle * (rounds + LEFT_OUT)),
         "--data-path", str(text.build(ROOT / "data" / "stdlib")),
         "--data-cache-path", str(folder / "cache"),
         "--mcore-monitors", str(config), "--mcore-monitors-cpu",
@@ -98,12 +99,12 @@ def run(rounds: int, folder: Path) -> tuple[np.ndarray, list[dict[str, float]], 
     result = json.loads(times.read_text())
     steps = np.array(result["steps"]).reshape(-1, len(MODES), INTERVAL, 2)
     inside = result["inside"][list(MODES).index("all") :: len(MODES)]
-    return steps[2:], inside[2:], result["replicas"]
+    return steps[LEFT_OUT:], inside[LEFT_OUT:], result["replicas"]
 
 
 def full_samples(rounds: int) -> np.ndarray:
-    """[rounds] bool: the rounds in whose samples all windows are compared."""
-    return (np.arange(rounds) + 2 + SEEN + 1) % SELDOM == 0
+    """[rounds] bool: the rounds in whose samples another window is compared and all is told."""
+    return (np.arange(rounds) + LEFT_OUT + SEEN + 1) % SELDOM == 0
 
 
 def block_time(steps: np.ndarray, full: np.ndarray) -> np.ndarray:
@@ -176,7 +177,7 @@ def inside_shares(
 def replica_ratios(measured: dict[str, Any]) -> dict[str, float]:
     """Time of a sample and bytes of the snapshots of one of two replicas over one rank alone."""
     seconds = {name: np.array(values) for name, values in measured["seconds"].items()}
-    # what a sample compares comes round every tenth; a median for each of the ten, then their mean
+    # a median for each turn of what a sample compares, then their mean
     times = {
         name: float(np.mean([np.median(v[turn::_TURNS]) for turn in range(_TURNS)]))
         for name, v in seconds.items()
@@ -208,12 +209,12 @@ def main() -> None:
         epilog="example: python benchmarks/overhead.py --rounds 40 --json overhead.json",
     )
     parser.add_argument(
-        "--rounds", type=int, default=30, help="blocks of each mode, a multiple of 10"
+        "--rounds", type=int, default=_TURNS, help=f"blocks of each mode, a multiple of {_TURNS}"
     )
     parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or arguments.rounds % 10:
-        parser.error(f"--rounds: {arguments.rounds} cannot be used; allowed: a multiple of 10")
+    if arguments.rounds < 1 or arguments.rounds % _TURNS:
+        parser.error(f"--rounds: {arguments.rounds} cannot be used; allowed: multiples of {_TURNS}")
     with tempfile.TemporaryDirectory() as folder:
         steps, inside, replicas = run(arguments.rounds, Path(folder))
     ratios = replica_ratios(replicas)

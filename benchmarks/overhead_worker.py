@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import runpy
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mcore_monitors.config import MonitorsConfig
+from mcore_monitors.windows import SELDOM
 
 #: every monitor that is on by default, by its name in the settings
 MONITORS = [
@@ -21,7 +24,22 @@ MONITORS = [
 MODES: dict[str, set[str]] = {"off": set(), "all": set(MONITORS)} | {n: {n} for n in MONITORS}
 #: samples that the attention monitors have seen before the first block, so that all their windows
 #: are compared from the start on
-SEEN = 60
+SEEN = 6 * SELDOM
+#: rounds to begin with that do not count
+LEFT_OUT = 2
+
+
+def numbers() -> Iterator[int]:
+    """Numbers of the samples of a monitor that takes part in two of a round: in ``all``, alone.
+
+    Consecutive, but one is left out after every five rounds: in ten rounds each of the two then has
+    each turn out of ten once, the even and the odd ones. What is left out is no turn at which all
+    is told, in a benchmark of up to forty rounds.
+    """
+    warm_up = 2 * LEFT_OUT
+    yield from range(2 * SELDOM + 3 - warm_up, 2 * SELDOM + 3)
+    for done in itertools.count():
+        yield 2 * SELDOM + 3 + done + done // SELDOM
 
 
 class Switch:
@@ -41,7 +59,9 @@ class Switch:
             wire(runtime, view, *taps, **more)
             self.view = view
             found = [tap for group in (*taps, *more.values()) for tap in (group or {}).values()]
-            self.taps = [(tap, list(tap.listeners)) for tap in found]
+            ears = [tap.listeners for tap in found]
+            ears += [tap.sampled for tap in found if hasattr(tap, "sampled")]
+            self.ears = [(listeners, list(listeners)) for listeners in ears]
 
         def with_name(runtime: Any, monitor: Any, call: Any, **how: Any) -> Any:
             hook = self.inside.around(monitor.name, guarded(runtime, monitor, call, **how))
@@ -72,7 +92,7 @@ class Switch:
         """A copy of the attention monitor that has one sample a cycle, ten iterations apart.
 
         What a sample costs depends on which windows are due; on this grid they come in turn as in a
-        run, and every fifth sample compares them all.
+        run, and every tenth sample compares more of them.
         """
         monitor = copy.copy(update)
         monitor.restart()
@@ -88,8 +108,8 @@ class Switch:
         by the run's own iteration: as often, since a cycle of seven blocks shares no divisor with
         their turns.
         """
-        collect, seen = monitor.collect, iter(range(self.interval, 10**9, self.interval))
-        monitor.collect = lambda iteration, fields: collect(next(seen), fields)
+        collect, seen = monitor.collect, numbers()
+        monitor.collect = lambda _, fields: collect(next(seen) * self.interval, fields)
         return monitor
 
     def switch(self, done: int) -> None:
@@ -104,8 +124,8 @@ class Switch:
         )
         # each mode reduces its own fields, as a run with these settings does
         self.runtime._lay_out()
-        for tap, listeners in self.taps:
-            tap.listeners[:] = [one for one in listeners if one.func.monitor in on]
+        for now, listeners in self.ears:
+            now[:] = [one for one in listeners if one.func.monitor in on]
         if self.mode == "off" and block:
             self.replicas.measure()
 

@@ -82,7 +82,7 @@ class OptimizerConfig:
 
     enabled: Enabled = "auto"
     #: layers take turns: each is read at one sample out of this many
-    every: Positive = 20
+    every: Positive = 40
 
 
 @dataclass(frozen=True, kw_only=True)

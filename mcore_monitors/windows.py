@@ -4,10 +4,10 @@ A window of ``W`` iterations compares weights with those of ``W`` iterations ago
 of its *stride*. The stride grows with the window, so that a window never needs more than
 :data:`SNAPSHOTS` earlier weights, however long it is.
 
-What no rule judges is there to be looked at, and computed at every fifth sample only: of a judged
+What no rule judges is there to be looked at, and computed at every tenth sample only: of a judged
 window all but Δ2, and the windows that no rule judges, one after the other, so that no sample has
-to compare them all. Windows of 10, 50 (judged) and 200 at interval 10 are compared every 100, 10
-and 100 iterations, and few snapshots serve all three instead of 20. Everything counts absolute
+to compare them all. Windows of 10, 50 (judged) and 200 at interval 10 are compared every 200, 10
+and 200 iterations, and few snapshots serve all three instead of 20. Everything counts absolute
 iterations, so a resumed run goes on with the same grid.
 """
 
@@ -19,7 +19,7 @@ from functools import lru_cache
 #: Snapshots that one window needs at most.
 SNAPSHOTS = 5
 #: Samples from one record to the next of what no rule judges, by default.
-SELDOM = 5
+SELDOM = 10
 #: Samples between two directions of an update that are held against each other, at least.
 _APART = 10
 #: Windows of the default settings, in iterations, before they are brought to the run's grid.

@@ -36,18 +36,19 @@ def test_strides_are_multiples_that_keep_a_window_to_few_snapshots() -> None:
             assert step == interval or window > SNAPSHOTS * (step - interval)
 
 
-def test_windows_that_are_not_judged_take_turns_at_every_fifth_sample() -> None:
+def test_windows_that_are_not_judged_take_turns_at_every_tenth_sample() -> None:
     grid = Grid([10, 50, 200], 10, [50])
-    found = {iteration: grid.compared(iteration) for iteration in range(10, 210, 10)}
+    found = {iteration: grid.compared(iteration) for iteration in range(10, 410, 10)}
     assert {i: windows for i, windows in found.items() if windows != [50]} == {
-        50: [50, 200],
-        100: [10, 50],
-        150: [50, 200],
+        100: [50, 200],
         200: [10, 50],
+        300: [50, 200],
+        400: [10, 50],
     }
-    assert [i for i in found if grid.is_record(50, i)] == [50, 100, 150, 200]
+    assert [i for i in found if grid.is_record(50, i)] == [100, 200, 300, 400]
     assert all(grid.is_record(w, i) for i, windows in found.items() for w in windows if w != 50)
-    assert grid.most_snapshots() == 7
+    assert grid.most_snapshots() == 6
+    assert Grid([10, 50, 200], 10, [50], every=5).most_snapshots() == 7
 
 
 def test_all_is_recorded_at_every_comparison_where_all_is_asked_for() -> None:

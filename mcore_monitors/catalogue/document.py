@@ -30,8 +30,8 @@ for the hosts and layouts below each table.
 
 Rhythm: what is judged is told at every sample (a window at its own grid). What is not judged is
 told at some of them, to keep the cost small: of `router/` all but the weights' three and the mean
-entropy, and `attention/max_logit` and `entropy`, at every fifth sample, the first one included;
-`optimizer/` layer by layer in turn, each at every twentieth. `monitors.*.every` sets it
+entropy, and `attention/max_logit` and `entropy`, at every tenth sample, the first one included;
+`optimizer/` layer by layer in turn, each at every fortieth. `monitors.*.every` sets it
 ([files.md](files.md)); 1 is at every sample.
 """
 
