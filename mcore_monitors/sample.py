@@ -55,17 +55,19 @@ def _text(values: Sequence[float]) -> str | None:
     return None if "n" in text else text  # as in nan and inf
 
 
-def _row(layer: int, values: Sequence[float]) -> str:
-    """A layer's values in JSON, as :func:`_column` has them."""
-    text = _text(values)
+def _row(layer: int, values: Sequence[float], text: str | None) -> str:
+    """A layer's values in JSON, as :func:`_column` has them; ``text`` is that of :func:`_text`."""
     if text is None:
         text = ",".join(["null" if x - x != 0 else format(x, _FORMAT) for x in values])
     return f'"{layer}":[{text}]'
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
-    """Values as they come back from a record: seven digits, NaN for what is not finite."""
-    text = _text(values)
+def _rounded(values: Sequence[float], text: str | None) -> list[float]:
+    """Values as they come back from a record: seven digits, NaN for what is not finite.
+
+    Args:
+        text: of :func:`_text`.
+    """
     if text:
         return [float(x) + 0.0 for x in text.split(",")]
     return [math.nan if x is None else x for x in _column(values)]
@@ -100,6 +102,19 @@ class Sample:
     """Signal name → 1-based global layer number → one value a unit; may hold NaN in memory."""
     cost_seconds: float = 0.0
     """Wall time that monitoring took since the last sample."""
+    #: rows as text, since judging and then recording take the same digits; not of a sample that was
+    #: read back, of which there are as many as a run has
+    _texts: dict[tuple[str, int], str | None] | None = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def _row_text(self, name: str, layer: int) -> str | None:
+        if self._texts is None:
+            return _text(self.signals[name][layer])
+        key = name, layer
+        if key not in self._texts:
+            self._texts[key] = _text(self.signals[name][layer])
+        return self._texts[key]
 
     def recorded(self, wanted: Callable[[str], bool]) -> Sample:
         """The sample as its record holds it: seven digits; None or NaN for what is not finite.
@@ -113,7 +128,10 @@ class Sample:
             grad_norm=_column(self.grad_norm),
             learning_rate=_finite(self.learning_rate),
             signals={
-                name: {layer: _rounded(values) for layer, values in layers.items()}
+                name: {
+                    layer: _rounded(values, self._row_text(name, layer))
+                    for layer, values in layers.items()
+                }
                 for name, layers in self.signals.items()
                 if wanted(name)
             },
@@ -147,7 +165,9 @@ class Sample:
         """Return the text of :meth:`to_record`: its numbers are not read back in between."""
         head, tail = map(_ENCODER.encode, self._around_signals())
         signals = ",".join(
-            f"{_key(name)}:{{{','.join(map(_row, layers, layers.values()))}}}"
+            f"{_key(name)}:{{"
+            + ",".join(_row(n, row, self._row_text(name, n)) for n, row in layers.items())
+            + "}"
             for name, layers in self.signals.items()
         )
         return f'{head[:-1]},"signals":{{{signals}}},{tail[1:]}'
@@ -165,7 +185,7 @@ class Sample:
                     f"history record of version {record['v']!r}; this release reads version "
                     f"{RECORD_VERSION}"
                 )
-            return cls(
+            sample = cls(
                 iteration=int(record["iteration"]),
                 attempt=int(record["attempt"]),
                 time=float(record["time"]),
@@ -183,6 +203,8 @@ class Sample:
                 },
                 cost_seconds=float(record["cost_seconds"] or 0.0),
             )
+            sample._texts = None
+            return sample
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MonitorsError(
                 f"not a history record of version {RECORD_VERSION}: {type(error).__name__} {error}"

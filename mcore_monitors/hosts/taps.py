@@ -73,12 +73,20 @@ class RouterTap:
         listeners: each is called with (logits [..., E], padding mask or None) of every micro-batch
             of training. The logits are those of the graph, so a listener may hook their gradient.
             Where ``tells_choice``, the keyword ``routing_map`` [..., E] says where tokens go.
+        sampled: likewise, on sampled steps only, of which ``state`` tells.
         tells_choice: hand the host's choice over, too; for hosts that choose by more than scores.
     """
 
     def __init__(self) -> None:
         self.listeners: list[Callable[..., None]] = []
+        self.sampled: list[Callable[..., None]] = []
+        self.state = StepState()
         self.tells_choice = False
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self.listeners or self.sampled)
 
     def tell(
         self,
@@ -90,6 +98,9 @@ class RouterTap:
         choice = {"routing_map": routing_map} if self.tells_choice else {}
         for listener in self.listeners:
             listener(logits, padding, **choice)
+        if self.state.armed:
+            for listener in self.sampled:
+                listener(logits, padding, **choice)
 
 
 class AttentionTap(Tap):

@@ -68,7 +68,8 @@ def wire(
     on_router = conservation.guard(conservation.on_router)
     for layer, tap in routers.items():
         if layer in model.conserved["router/shift"].places:
-            tap.listeners.append(partial(on_router, layer))
+            tap.state = runtime.state
+            tap.sampled.append(partial(on_router, layer))
     on_norm = conservation.guard(conservation.on_norm)
     for (layer, unit), tap in (norms or {}).items():
         tap.listeners.append(partial(on_norm, layer, unit))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_Numbers = Tensor | np.ndarray
 
 
 class Measures(NamedTuple):
@@ -35,14 +38,19 @@ def measures(singular_values_squared: Tensor) -> Measures:
         Measures of shape [...]. Where all values are zero the norm is 0 and the others are NaN;
         where one is not finite nothing is.
     """
-    total = singular_values_squared.sum(-1)
-    entropy = _entropy(singular_values_squared, total)
-    return Measures(
-        effective_rank=entropy.exp(),
-        spectral_entropy=entropy,
-        frobenius=(total + (total - total)).sqrt(),  # inf − inf is NaN
-        stable_rank=total / singular_values_squared.amax(-1),
-    )
+    values, xp = singular_values_squared, torch
+    if values.device.type == "cpu":  # a few numbers: NumPy takes a third of the time
+        values, xp = values.numpy(), np
+    with np.errstate(all="ignore"):
+        total = values.sum(-1)
+        entropy = _entropy(values, total)
+        found = Measures(
+            effective_rank=xp.exp(entropy),
+            spectral_entropy=entropy,
+            frobenius=xp.sqrt(total + (total - total)),  # inf − inf is NaN
+            stable_rank=total / xp.amax(values, -1),
+        )
+    return found if xp is torch else Measures(*map(torch.as_tensor, found))
 
 
 def spectral_entropy(singular_values_squared: Tensor) -> Tensor:
@@ -57,8 +65,11 @@ def spectral_entropy(singular_values_squared: Tensor) -> Tensor:
     return _entropy(singular_values_squared, singular_values_squared.sum(-1))
 
 
-def _entropy(singular_values_squared: Tensor, total: Tensor) -> Tensor:
-    return torch.special.entr(singular_values_squared / total.unsqueeze(-1)).sum(-1)
+def _entropy(values: _Numbers, total: _Numbers) -> _Numbers:
+    shares = values / total[..., None]
+    if isinstance(shares, Tensor):
+        return torch.special.entr(shares).sum(-1)
+    return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
 
 
 def effective_rank(singular_values_squared: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class GateTap(RouterTap):
 
     def __call__(self, logits: Tensor) -> None:
         """The logits of a forward pass, [T, E]."""
-        if not (self.listeners and self._gate.training and self._passes.counts()):
+        if not (self.is_heard and self._gate.training and self._passes.counts()):
             return
         if self._after:
             self._logits = (logits.detach().clone(), logits.detach())

@@ -26,7 +26,7 @@ def observe_router(found: FoundRouter, state: StepState) -> None:
     passes = Passes(state)
 
     def tell(source: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not tap.listeners or not source.training or torch.compiler.is_compiling():
+        if not tap.is_heard or not source.training or torch.compiler.is_compiling():
             return
         if not passes.counts():
             return

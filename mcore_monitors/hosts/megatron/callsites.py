@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class _Run:
     config: Config | None = None
     order: StartOrder | None = None
     runtime: Runtime | None = None
+    #: Megatron's arguments as they are now
+    host_args: Callable[[], argparse.Namespace]
 
 
 _run = _Run()
@@ -82,6 +85,9 @@ def on_setup(model: list[torch.nn.Module], optimizer: Any, scheduler: Any) -> No
     """Model, optimizer and schedule are built and loaded; data iterators are not yet."""
     if _run.config is None:
         return
+    from megatron.training import get_args
+
+    _run.host_args = get_args
     try:
         _run.runtime = set_up(_run.config, _run.order, model, optimizer, scheduler)
     except MonitorsError as error:
@@ -98,15 +104,13 @@ def on_step(
     """After a training step and its log line, on every rank."""
     if _run.runtime is None:
         return
-    from megatron.training import get_args
-
     loss = loss_dict.get("lm loss", next(iter(loss_dict.values()), None))
     _run.runtime.on_step(
         iteration,
         loss=loss,
         grad_norm=None if grad_norm is None else float(grad_norm),
         learning_rate=learning_rate,
-        consumed_samples=get_args().consumed_train_samples,
+        consumed_samples=_run.host_args().consumed_train_samples,
     )
 
 
@@ -114,9 +118,8 @@ def on_checkpoint(iteration: int, path: str) -> None:
     """A checkpoint is complete on disk. Called on global rank 0 only."""
     if _run.runtime is None:
         return
-    from megatron.training import get_args
-
-    _run.runtime.on_checkpoint(int(iteration), str(path), get_args().consumed_train_samples)
+    consumed = _run.host_args().consumed_train_samples
+    _run.runtime.on_checkpoint(int(iteration), str(path), consumed)
 
 
 def exit_code() -> int | None:
