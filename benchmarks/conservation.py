@@ -2,7 +2,7 @@
 
     python benchmarks/conservation.py --json conservation.json
 
-What a sample looks at is what the monitor looks at by default (mcore_monitors/monitors/conservation):
+What a sample looks at is what the monitor looks at by default:
 attention at every other sample, all else at every third, and at every one a place with a reading
 over half its limit; all sequences, one in two or one in four; some tokens. Each fault begins once
 at each turn of its place; the latest alarm counts. --whole looks at all of every sample.
