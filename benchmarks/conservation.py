@@ -15,15 +15,7 @@ it is run at the kernel's border on tensors that have them, and so is PyTorch's 
 Healthy runs go on from the same checkpoint with other data. About twenty minutes on one core;
 finished rows are kept in --work and not run again.
 
-An alarm is one of two things, at one place and residual:
-
-* size: a unit's residual over its limit (floors.py);
-* spread, of query–key only: over the last 1, 3 or 10 samples its squares are larger than rounding
-  makes them, p below 1e-5 divided by all tests of a sample;
-* direction, of the key shift only: over the last 1, 3 or 10 samples the part along one of the row
-  term's directions is one-sided beyond chance, p below 1e-5 divided by all tests of a sample, and
-  its mean is at least a quarter of the floor. (The other residuals can be one-sided in a healthy
-  bfloat16 kernel: probabilities that are alike in all rows are rounded alike.)
+What is an alarm: benchmarks/conservation_judge.py.
 """
 
 from __future__ import annotations
@@ -37,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from conservation_common import attention_inputs, made_by  # noqa: E402
+from conservation_judge import Judge  # noqa: E402
 from conservation_model import (  # noqa: E402
     DIM,
     EXPERTS,
@@ -60,27 +52,12 @@ from conservation_model import (  # noqa: E402
     readings,
 )
 
-from mcore_monitors.catalogue.conservation import EVIDENCE  # noqa: E402
 from mcore_monitors.faults.kernel import KernelFault, flash_attention  # noqa: E402
-from mcore_monitors.monitors.base import Rhythm, StepState  # noqa: E402
-from mcore_monitors.monitors.conservation.turns import Turns, stride_of  # noqa: E402
-from mcore_monitors.signals import conservation as c  # noqa: E402
+from mcore_monitors.monitors.conservation.turns import stride_of  # noqa: E402
 
 LENGTH, SEQUENCES, WARM_UP, HEALTHY_BEFORE, FAULTY = 128, 16, 300, 10, 3
 #: of the faulty runs' data; the rule of the spread was settled on runs with seed 101
 SEED = 103
-WINDOWS = (1, 3, 10)
-LEVEL = 1e-5
-#: A bias below this share of the floor is no fault, however sure.
-LEAST_BIAS = 0.25
-BIAS_SIGNAL, SPREAD_SIGNAL = EVIDENCE
-#: sizes at places of each kind, as they are called here
-SIZES = ("attention/", "norm/", "router/", "loss/")
-#: takes a signal's name, a reading, and the share of its limit that it has
-Note = Callable[[str, Reading, float], None]
-#: what rounding may leave of query–key (root mean square), as a part of the limit
-SPREAD = 0.25
-
 #: fault → (strengths, formats, place, heads)
 ALL = tuple(range(HEADS))
 KERNEL = {
@@ -99,94 +76,6 @@ OTHER = {
     "vocabulary_lost_rare_shard": (Faults(vocabulary=3), ("loss", 0)),
     "norm_without_projection": (Faults(norm=(2, 0)), ("norm", 2)),
 }
-
-
-class Judge:
-    """Alarms from readings: sizes at once, directions over windows.
-
-    Args:
-        first: number of the first sample.
-        whole: look at all of every sample.
-    """
-
-    def __init__(self, first: int, whole: bool) -> None:
-        self._windows: dict[tuple[str, int], c.SampleWindow] = {}
-        self._spreads: dict[tuple[str, int], c.SampleWindow] = {}
-        #: what the last sample showed
-        self.found: list[Reading] = []
-        self._state = StepState(iteration=first)
-        limits = dict.fromkeys((*SIZES, *EVIDENCE), 1.0)
-        self.turns = None if whole else Turns(Rhythm(1), self._state, limits, whole=False)
-
-    def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
-        """Alarms of one sample."""
-        self.found = found = list(found)
-        alarms: list[dict[str, Any]] = []
-        near: dict[str, dict[int, list[float]]] = {}
-
-        def note(name: str, r: Reading, share: float) -> None:
-            """A reading as the monitor's turns take it: a share of its limit."""
-            near.setdefault(name, {}).setdefault(r.place[1], []).append(share)
-
-        for windows, terms, shape in (
-            (self._windows, "direction", (2 * HEADS, 4)),
-            (self._spreads, "spread", (HEADS, 2)),
-        ):
-            here = {r.place: getattr(r, terms) for r in found if getattr(r, terms) is not None}
-            for place in here.keys() | windows.keys():  # also of places that rest at this sample
-                window = windows.setdefault(place, c.SampleWindow(*shape, WINDOWS))
-                sums = here[place].numpy() if place in here else np.zeros(shape)
-                window.add(sums.reshape(shape))
-        attentions = max(1, len(self._windows))
-        for r in found:
-            over = [i for i, v in enumerate(r.value) if not v <= r.limit]
-            note(r.place[0] + "/", r, max(r.value) / r.limit)
-            if over:
-                alarms.append(_alarm(r, "size", over))
-            if r.spread is not None:
-                log_level = math.log(LEVEL / (len(WINDOWS) * attentions * HEADS))
-                alarms += self._spread(r, set(over), log_level, note)
-            if r.direction is not None:
-                log_level = math.log(LEVEL / (len(WINDOWS) * attentions * 2))
-                alarms += self._direction(r, bool(over), log_level, note)
-        if self.turns is not None:
-            self.turns.heed(near)
-        self._state.iteration += 1
-        return alarms
-
-    def _spread(
-        self, r: Reading, over: set[int], log_level: float, note: Note
-    ) -> list[dict[str, Any]]:
-        window, sigma = self._spreads[r.place], SPREAD * r.limit
-        for last, sums in zip(WINDOWS, window.sums(), strict=True):
-            log_p = c.spread_log_p(sums[:, 0], sums[:, 1], sigma)
-            note(SPREAD_SIGNAL, r, float(log_p.min()) / log_level)
-            units = [i for i, p in enumerate(log_p.tolist()) if p <= log_level and i not in over]
-            if units:
-                return [_alarm(r, f"spread over {last}", units)]
-        return []
-
-    def _direction(
-        self, r: Reading, over: bool, log_level: float, note: Note
-    ) -> list[dict[str, Any]]:
-        alarms = []
-        sums = self._windows[r.place].sums().reshape(len(WINDOWS), 2, HEADS, 4)
-        for direction in (0, 1):
-            for last, of_last in zip(WINDOWS, sums[:, direction], strict=True):
-                bias = c.direction_bias(of_last)
-                units = [i for i in range(HEADS) if bias[i] >= LEAST_BIAS * r.floor]
-                log_p = float(c.direction_layer_log_p(of_last))
-                if not units or not log_p < 0:
-                    continue
-                note(BIAS_SIGNAL, r, log_p / log_level)
-                if log_p <= log_level and not over:
-                    alarms.append(_alarm(r, f"direction over {last}", units))
-                    break
-        return alarms
-
-
-def _alarm(r: Reading, by: str, units: list[int]) -> dict[str, Any]:
-    return {"residual": r.residual, "place": list(r.place), "units": units, "by": by}
 
 
 def over_floor(found: Iterable[Reading], place: tuple[str, int]) -> dict[str, float]:

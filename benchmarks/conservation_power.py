@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 import conservation as bench  # noqa: E402
+import conservation_judge as judge  # noqa: E402
 from conservation_common import attention_inputs, made_by  # noqa: E402
 from conservation_model import (  # noqa: E402
     DIM,
@@ -102,8 +103,8 @@ def caught_at(samples: list[dict[str, Any]], fmt: str, length: int) -> tuple[int
             if window > n:
                 continue
             for sums in every[n - window : n].sum(0):
-                sure = c.direction_layer_log_p(sums) <= math.log(bench.LEVEL / TESTS)
-                if sure and c.direction_bias(sums).max() >= bench.LEAST_BIAS * floor:
+                sure = c.direction_layer_log_p(sums) <= math.log(judge.LEVEL / TESTS)
+                if sure and c.direction_bias(sums).max() >= judge.LEAST_BIAS * floor:
                     return n, f"direction over {window}"
     return None, ""
 
