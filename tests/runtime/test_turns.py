@@ -12,6 +12,7 @@ from mcore_monitors.hosts.taps import AttentionTap
 from mcore_monitors.hosts.wiring import wire
 from mcore_monitors.parallel import GroupSum
 
+from .. import distributed
 from ..monitors.borders import attention, cross
 from ..monitors.models import TinyModel
 from .make import history, settings, step
@@ -29,8 +30,12 @@ class Listener:
         self._taps[layer].tell(call)
 
 
-def train(folder: Path, upto: int, broken: bool = False) -> None:
-    """Go on from where the history ends, in a process of its own as far as monitors can tell."""
+def train(folder: Path, upto: int, broken: bool = False) -> list[list[int]]:
+    """Go on from where the history ends, in a process of its own as far as monitors can tell.
+
+    Returns:
+        The layers that were due, step by step.
+    """
     folder.mkdir(exist_ok=True)
     done = history(folder)[-1].iteration if (folder / "history.jsonl").exists() else 0
     config, view = settings(folder, INTERVAL), TinyModel().view()
@@ -38,7 +43,10 @@ def train(folder: Path, upto: int, broken: bool = False) -> None:
     run = attach(config, view, GroupSum(None), progress, host="test", versions={})
     taps = {layer: AttentionTap(run.state) for layer in (1, 2)}
     wire(run, view, taps, {})
+    (conservation,) = (m for m in run.monitors if m.name == "conservation")
+    due = []
     for iteration in range(done + 1, upto + 1):
+        due.append([layer for layer in taps if conservation.turns.is_due("attention", layer)])
         for layer in taps:
             parts = attention(strength=0.3 * broken, seed=10 * iteration + layer, batch=6)
             if broken:
@@ -46,6 +54,18 @@ def train(folder: Path, upto: int, broken: bool = False) -> None:
             cross(Listener(taps), layer, parts)
         step(run, iteration)
     run.close()
+    return due
+
+
+def _one_of_two(rank: int, folder: Path) -> list[list[int]]:
+    return train(folder, INTERVAL * SAMPLES, broken=rank == 1)
+
+
+def test_ranks_look_at_the_same_whichever_of_them_is_broken(tmp_path: Path) -> None:
+    one, other = distributed.run(2, _one_of_two, tmp_path)
+    assert one == other
+    # the first in its turn, then closely, and the second at its turn
+    assert one == [[1]] * INTERVAL + [[1, 2]] * (INTERVAL * (SAMPLES - 1))
 
 
 @pytest.mark.parametrize("stopped_after", [5, 7])

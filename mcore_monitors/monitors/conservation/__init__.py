@@ -68,6 +68,7 @@ class ConservationMonitor(Monitor):
 
     Attributes:
         guard: wraps every gradient hook; whoever wires the monitor sets it.
+        turns: says who is looked at in the sample in progress.
     """
 
     name = "conservation"
@@ -95,7 +96,7 @@ class ConservationMonitor(Monitor):
         self._alike = AlikeRows(self._take_rows)
         #: layers, each with its first group, to where their evidence stands
         self._rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._turns = Turns(Rhythm(interval), state or StepState(), limits or {}, whole=whole)
+        self.turns = Turns(Rhythm(interval), state or StepState(), limits or {}, whole=whole)
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -108,10 +109,10 @@ class ConservationMonitor(Monitor):
 
     def on_attention(self, layer: int, call: AttentionCall) -> None:
         """Watch one micro-batch of an attention kernel."""
-        if not self._turns.is_due("attention", layer):
+        if not self.turns.is_due("attention", layer):
             return
         some = {
-            signal: self._turns.some("attention", min(one_in, call.sequences))
+            signal: self.turns.some("attention", min(one_in, call.sequences))
             for signal, one_in in ONE_IN.items()
             if layer in self._conserved[signal].places
         }
@@ -119,7 +120,7 @@ class ConservationMonitor(Monitor):
             AttentionBorder(call, some, partial(self._take_attention, layer), self.guard)
 
     def _positions(self, tokens: int, positions: int) -> slice:
-        return self._turns.some("norm", min(max(1, tokens // TOKENS), positions))
+        return self.turns.some("norm", min(max(1, tokens // TOKENS), positions))
 
     def _take_attention(self, layer: int, signal: str, terms: Terms) -> None:
         self._context.add(signal, layer, terms)
@@ -127,7 +128,7 @@ class ConservationMonitor(Monitor):
     def on_norm(self, layer: int, unit: int, call: NormCall) -> None:
         """Watch one micro-batch of a norm; ``unit`` is its place in the catalogue's ``NORMS``."""
         place = norm_place(layer, unit)
-        if not self._turns.is_due("norm", place):
+        if not self.turns.is_due("norm", place):
             return
         bias = () if call.bias is None else (call.bias.detach(),)
         kind = ("norm", call.eps, call.centred)
@@ -139,7 +140,7 @@ class ConservationMonitor(Monitor):
 
     def on_router(self, layer: int, logits: torch.Tensor, *_: Any, **__: Any) -> None:
         """Watch the router logits [..., E] of one micro-batch."""
-        if logits.requires_grad and self._turns.is_due("router", layer):
+        if logits.requires_grad and self.turns.is_due("router", layer):
             logits.register_hook(self.guard(partial(self._on_router_gradient, layer)))
 
     def _on_router_gradient(self, layer: int, gradient: torch.Tensor) -> None:
@@ -147,7 +148,7 @@ class ConservationMonitor(Monitor):
 
     def on_output(self, layer: int, logits: torch.Tensor) -> None:
         """Watch the logits [..., V] over this rank's part of the vocabulary."""
-        if logits.requires_grad and self._turns.is_due("output", layer):
+        if logits.requires_grad and self.turns.is_due("output", layer):
             logits.register_hook(self.guard(partial(self._on_output_gradient, layer)))
 
     def _on_output_gradient(self, layer: int, gradient: torch.Tensor) -> None:
@@ -241,7 +242,7 @@ class ConservationMonitor(Monitor):
         self._sums.clear()
         self._directions.clear()
         self._spread.clear()
-        self._turns.restart()
+        self.turns.restart()
 
     # ---- readings ----
 
@@ -256,7 +257,7 @@ class ConservationMonitor(Monitor):
         readings[_BIAS] = {layer: evidence[layer - 1] for layer in shift}
         evidence = self._spread.add(fields[_SPREAD].numpy()).tolist()
         readings[_SPREAD] = {layer: evidence[layer - 1] for layer in readings[_QUERY_KEY]}
-        self._turns.heed(readings)
+        self.turns.heed(readings)
         # what no layer has, as the routers of a dense model, is no reading
         return {signal: layers for signal, layers in readings.items() if layers}
 
