@@ -28,8 +28,9 @@ recent **band** (to which side); **–** is written and shown and raises none. S
 carry the window in their name, `attention/delta2_effective_rank@50`. Letters under *tested* stand
 for the hosts and layouts below each table.
 
-Rhythm: what is judged is told at every sample (a window at its own grid). What is not judged is
-told at some of them, to keep the cost small: of `router/` all but the weights' three and the mean
+Rhythm: what is judged is told at every sample (a window at its own grid; residuals of one place after
+the other, and at every sample of a dubious one, [conservation.md](conservation.md)). What is not
+judged is told at some of them, to keep the cost small: of `router/` all but the weights' three and the mean
 entropy, and `attention/max_logit` and `entropy`, at every tenth sample, the first one included;
 `optimizer/` layer by layer in turn, each at every fortieth. `monitors.*.every` sets it
 ([files.md](files.md)); 1 is at every sample.

@@ -2,10 +2,10 @@
 
 A conservation residual is zero in exact arithmetic and stays at the round-off floor of the number
 format in a healthy run, early or late, at any learning rate. It needs no reference of the run's
-own, only a limit above that floor, and it is judged from the first sample on. Two samples in a row
-are asked for, because a single reading can be spoilt from outside (a step whose gradients overflow,
-a restart). A value that is not finite says nothing and changes nothing: the host itself reports
-such a step, and with loss scaling it is routine.
+own, only a limit above that floor, and it is judged from the first sample on. Two readings in a row
+are asked for (what is over its limit is read again at the next sample), because a single one can be
+spoilt from outside (a step whose gradients overflow, a restart). A value that is not finite says
+nothing and changes nothing: the host itself reports such a step, and with loss scaling it is routine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mcore_monitors.detection.alarm import CRITICAL, Alarm
 from mcore_monitors.detection.config import DetectionConfig
 from mcore_monitors.sample import Sample
 
-#: Samples in a row over the limit that make an alarm.
+#: Readings in a row over the limit that make an alarm.
 SUSTAIN_LIMIT = 2
-#: Samples in a row under the limit after which a cell may alarm again.
+#: Readings in a row under the limit after which a cell may alarm again.
 _CALM = 2 * SUSTAIN_LIMIT
 
 
@@ -136,7 +136,7 @@ class LimitRule:
         }
 
     def active(self) -> list[Alarm]:
-        """Return the alarms whose cell has not been under its limit for four samples yet."""
+        """Return the alarms whose cell has not been under its limit for four readings yet."""
         return [
             cell.raised
             for _, cells in sorted(self._cells.items())
