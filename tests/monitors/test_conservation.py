@@ -98,6 +98,15 @@ def test_the_order_of_dimensions_does_not_matter(layout: str) -> None:
     check(sample([monitor], 10), 1, defined(broken()))
 
 
+def test_nor_does_where_the_channels_are_in_memory() -> None:
+    """An unfused attention hands over a dK whose channels are far apart."""
+    monitor, parts = made(), broken()
+    apart = parts["dk"].permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    assert apart.stride(-1) != 1
+    cross(monitor, 1, parts | {"dk": apart})
+    check(sample([monitor], 10), 1, defined(broken()))
+
+
 def test_packed_sequences_count_as_one() -> None:
     monitor = made()
     parts = broken(batch=1, length=24)

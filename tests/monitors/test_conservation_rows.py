@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from functools import partial
 
 import numpy as np
@@ -257,6 +259,23 @@ def test_the_input_may_go_into_a_norm_by_many_ways_and_elsewhere_too() -> None:
         x = normal(6, 2, 16).requires_grad_()
         block(x if leaf else x * 1).square().sum().backward()
         assert sample([watched], 10)[SCALE][2][1] < 1e-6
+
+
+def test_what_waits_of_a_norm_keeps_no_activation_alive() -> None:
+    """Not even where all that is kept is a few tokens of it."""
+    block, watched, state = built(nn.RMSNorm(16, eps=1e-5), whole=False)
+    state.iteration = 30  # the norm is due
+    seen = []
+    block.norm.register_forward_hook(
+        lambda _, x, y: seen.extend(weakref.ref(t.untyped_storage()) for t in (*x, y))
+    )
+    gc.disable()  # what only a cycle keeps would stay
+    try:
+        block(normal(4 * TOKENS, 1, 16).requires_grad_() * 1).square().sum().backward()
+        assert len(seen) == 2 and all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+    assert 0 < sample([watched], 30)[SCALE][2][1] < 1e-6
 
 
 def test_a_check_looks_at_every_token() -> None:
