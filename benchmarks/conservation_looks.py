@@ -3,11 +3,11 @@
     python benchmarks/conservation_looks.py --json conservation_looks.json
 
 The bound on a biased key shift is for a number of sequences that is fixed beforehand. A run
-chooses: a place is looked at in every other sample, and in every one as long as its evidence is over
-half its limit. Here thousands of layers of healthy kernels (independent residuals with symmetric
-signs, evenly spread or with the heavy tails of Student's t with three degrees of freedom; four
-heads, four sequences a look) are watched both ways, and it is counted how often the evidence over
-the last 1, 3 or 10 samples passes a level. Half a minute on one core.
+chooses: a place is looked at in every other sample, and in every one as long as its evidence is
+over half its limit. Here thousands of layers of healthy kernels (independent residuals with
+symmetric signs, evenly spread or with the heavy tails of Student's t with three degrees of freedom;
+four heads, four sequences a look) are watched both ways, and it is counted how often the evidence
+over the last 1, 3 or 10 samples passes a level. Half a minute on one core.
 """
 
 from __future__ import annotations
