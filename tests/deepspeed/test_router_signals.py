@@ -64,11 +64,12 @@ def test_no_residual_of_a_healthy_engine_is_over_its_limit(
     (start,) = (
         e for e in EventReader(walked.folder / layout["name"]).read() if e["kind"] == "start"
     )
-    limits = start["limits"]
+    limits, seen = start["limits"], set()
     for sample in walked.samples(layout["name"]):
         watched = limits.keys() & sample.signals.keys()
-        assert {"attention/key_shift", "attention/value_output", "router/shift"} <= watched
+        seen |= watched  # places take turns
         for name in watched:
             for layer, values in sample.signals[name].items():
                 worst = max((v for v in values if v == v), default=0.0)
                 assert worst <= limits[name], (name, layer, sample.iteration)
+    assert {"attention/key_shift", "attention/value_output", "router/shift"} <= seen
