@@ -2,10 +2,10 @@
 
     python benchmarks/conservation.py --json conservation.json
 
-What a sample looks at is what the monitor looks at by default:
-attention at every other sample, all else at every third, and at every one a place with a reading
-over half its limit; all sequences, one in two or one in four; some tokens. Each fault begins once
-at each turn of its place; the latest alarm counts. --whole looks at all of every sample.
+A sample looks at what the monitor looks at by default: attention at every other sample, all else at
+every third, and at every one a place with a reading over half its limit; all sequences, one in two
+or one in four; some tokens. Each fault begins once at each turn of its place; the latest alarm
+counts. --whole looks at all of every sample.
 
 Trains a small language model (benchmarks/conservation_model.py, 16 sequences of 128 bytes of the
 standard library's sources a step) for 300 steps without a fault, then, from that checkpoint and for
@@ -127,8 +127,8 @@ def _run_fault(
             before += bool(alarms)
             continue
         # of the first sample that looks at it
-        found = judge.found
-        row["over_floor_by_residual"] = over_floor(found, place) | row["over_floor_by_residual"]
+        sizes = over_floor(judge.found, place)
+        row["over_floor_by_residual"] = sizes | row["over_floor_by_residual"]
         if alarms:
             first = sample
             row["alarms"] = alarms

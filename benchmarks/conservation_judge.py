@@ -22,10 +22,10 @@ from conservation_model import HEADS, Reading
 
 from mcore_monitors.catalogue.conservation import EVIDENCE
 from mcore_monitors.monitors.base import Rhythm, StepState
+from mcore_monitors.monitors.conservation.evidence import WINDOWS
 from mcore_monitors.monitors.conservation.turns import Turns
 from mcore_monitors.signals import conservation as c
 
-WINDOWS = (1, 3, 10)
 LEVEL = 1e-5
 #: A bias below this share of the floor is no fault, however sure.
 LEAST_BIAS = 0.25

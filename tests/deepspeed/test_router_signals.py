@@ -67,9 +67,10 @@ def test_no_residual_of_a_healthy_engine_is_over_its_limit(
     limits, seen = start["limits"], set()
     for sample in walked.samples(layout["name"]):
         watched = limits.keys() & sample.signals.keys()
-        seen |= watched  # places take turns
+        assert {"attention/key_shift", "attention/value_output"} <= watched
+        seen |= watched
         for name in watched:
             for layer, values in sample.signals[name].items():
                 worst = max((v for v in values if v == v), default=0.0)
                 assert worst <= limits[name], (name, layer, sample.iteration)
-    assert {"attention/key_shift", "attention/value_output", "router/shift"} <= seen
+    assert "router/shift" in seen  # routers take turns, and two layers leave a sample without
