@@ -23,19 +23,16 @@ from conservation_model import HEADS, Reading
 from mcore_monitors.catalogue.conservation import EVIDENCE
 from mcore_monitors.monitors.base import Rhythm, StepState
 from mcore_monitors.monitors.conservation.evidence import WINDOWS
+from mcore_monitors.monitors.conservation.limits import LEAST_BIAS, LEVEL, SPREAD
 from mcore_monitors.monitors.conservation.turns import Turns
 from mcore_monitors.signals import conservation as c
+from mcore_monitors.views import Replica
 
-LEVEL = 1e-5
-#: A bias below this share of the floor is no fault, however sure.
-LEAST_BIAS = 0.25
 BIAS_SIGNAL, SPREAD_SIGNAL = EVIDENCE
 #: sizes at places of each kind, as they are called here
 SIZES = ("attention/", "norm/", "router/", "loss/")
 #: takes a signal's name, a reading, and the share of its limit that it has
 Note = Callable[[str, Reading, float], None]
-#: what rounding may leave of query–key (root mean square), as a part of the limit
-SPREAD = 0.25
 
 
 class Judge:
@@ -53,7 +50,8 @@ class Judge:
         self.found: list[Reading] = []
         self._state = StepState(iteration=first)
         limits = dict.fromkeys((*SIZES, *EVIDENCE), 1.0)
-        self.turns = None if whole else Turns(Rhythm(1), self._state, limits, whole=False)
+        turns = Turns(Rhythm(1), self._state, limits, Replica(), whole=False)
+        self.turns = None if whole else turns
 
     def sample(self, found: Iterable[Reading]) -> list[dict[str, Any]]:
         """Alarms of one sample."""

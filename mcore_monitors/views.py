@@ -273,6 +273,9 @@ class ModelView:
     #: number format of the activations, which sets the floor of conservation residuals
     activation_dtype: torch.dtype
     sequence_length: int
+    #: this rank among those that train the same weights on other sequences; the same place for all
+    #: ranks that share a sequence
+    data: Replica = field(default_factory=Replica)
     attention: list[AttentionView] = field(default_factory=list)
     routers: list[RouterView] = field(default_factory=list)
     #: channels of a query or key, 0 where unknown

@@ -51,6 +51,7 @@ def described(module: nn.Module, state: StepState | None = None) -> ModuleDescri
         device=torch.device("cpu"),
         zero_stage=0,
         replica=Replica(),
+        data=Replica(),
         state=state or StepState(iteration=1, armed=True),
     )
 

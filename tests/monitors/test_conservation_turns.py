@@ -14,11 +14,12 @@ from mcore_monitors.monitors.conservation.evidence import WINDOWS
 from mcore_monitors.monitors.conservation.limits import residual_limits
 from mcore_monitors.monitors.conservation.turns import Turns, norm_place, stride_of
 from mcore_monitors.parallel import GroupSum
+from mcore_monitors.views import Replica
 
 from .borders import attention, cross, cut
-from .models import TinyModel, sample
+from .models import ALONE, TinyModel, sample
 from .test_conservation import broken, defined
-from .test_conservation_rows import SCALE, CarelessRMSNorm, built, normal
+from .watched import SCALE, CarelessRMSNorm, built, normal
 
 KEY, VALUE, QUERY = ATTENTION_RESIDUALS
 STRIDE = stride_of("attention")
@@ -96,7 +97,7 @@ def test_what_is_over_its_limit_has_two_readings_within_three_samples(
 
 
 def turns(limits: dict[str, float]) -> Turns:
-    return Turns(Rhythm(1), StepState(iteration=2), limits, whole=False)
+    return Turns(Rhythm(1), StepState(iteration=2), limits, ALONE, whole=False)
 
 
 def test_from_half_a_limit_on_a_place_is_dubious_and_no_other_is() -> None:
@@ -124,3 +125,50 @@ def test_a_reading_that_is_not_finite_changes_nothing() -> None:
         assert watched.is_due("router", 1) is due
     watched.heed({"router/shift": {1: [math.nan]}})
     assert not watched.is_due("router", 1)
+
+
+@pytest.mark.parametrize("kind", ["attention", "norm"])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_data_replicas_look_in_turn_and_have_equally_much_to_do(kind: str, size: int) -> None:
+    state, stride, places = StepState(), stride_of(kind), range(1, 25)
+    ranks = [
+        Turns(Rhythm(1), state, {}, Replica(rank=rank, size=size), whole=False)
+        for rank in range(size)
+    ]
+    seen: dict[int, list[tuple[int, list[int]]]] = {place: [] for place in places}
+    for state.iteration in range(1, 1 + 12 * stride):
+        due = [[place for place in places if rank.is_due(kind, place)] for rank in ranks]
+        assert {len(some) for some in due} == {len(places) // (stride * min(size, 2))}
+        for place in places:
+            looking = [rank for rank in range(size) if place in due[rank]]
+            if looking:
+                seen[place].append((state.iteration, looking))
+    shares = [list(range(share, size, 2)) for share in range(min(size, 2))]
+    for place, looks in seen.items():
+        turns, who = zip(*looks, strict=True)
+        assert list(turns) == list(range(turns[0], 1 + 12 * stride, stride)), place
+        first = shares.index(who[0])
+        assert list(who) == [shares[(first + n) % len(shares)] for n in range(12)], place
+
+
+def test_what_is_dubious_all_replicas_look_at() -> None:
+    limits, state = {"attention/key_shift": 1.0}, StepState()
+    ranks = [
+        Turns(Rhythm(1), state, limits, Replica(rank=rank, size=2), whole=False) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.heed({"attention/key_shift": {3: [0.6]}})
+    for state.iteration in range(1, 9):
+        assert all(rank.is_due("attention", 3) for rank in ranks)
+        assert sum(rank.is_due("attention", 4) for rank in ranks) == (state.iteration % 2 == 0)
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_replica_comes_to_all_of_its_sequences(share: int) -> None:
+    state = StepState()
+    watched = Turns(Rhythm(1), state, {}, Replica(rank=share, size=2), whole=False)
+    seen = []
+    for state.iteration in range(1, 1 + 8 * STRIDE):
+        if watched.is_due("attention", 1):
+            seen.append(watched.some("attention", 4).start)
+    assert seen == [0, 1, 2, 3]

@@ -58,6 +58,7 @@ def describe(
     device: torch.device,
     zero_stage: int,
     replica: Replica,
+    data: Replica,
     state: StepState,
     activation_dtype: torch.dtype | None = None,
 ) -> ModuleDescription:
@@ -68,6 +69,7 @@ def describe(
         device: where its parameters live.
         zero_stage: 0 to 3.
         replica: this rank among those that hold the same non-expert weights.
+        data: this rank among those that train on other sequences.
         state: the step in progress, which the runtime writes.
         activation_dtype: of the activations where it is not that of the parameters (autocast).
     """
@@ -86,6 +88,7 @@ def describe(
         device=device,
         activation_dtype=activation_dtype or next(module.parameters()).dtype,
         sequence_length=0,
+        data=data,
         head_dim=max((a.head_dim for a in attentions), default=0),
     )
     found = ModuleDescription(view=view)

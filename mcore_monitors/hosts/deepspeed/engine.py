@@ -96,12 +96,15 @@ class EngineMonitors:
 
     def _describe(self) -> Any:
         engine = self.engine
+        everyone = Replica(rank=parallel.rank(), size=parallel.world_size())
         model = describe(
             engine.module,
             device=engine.device,
             zero_stage=engine.zero_optimization_stage(),
             # non-expert weights are the same on every rank
-            replica=Replica(rank=parallel.rank(), size=parallel.world_size()),
+            replica=everyone,
+            # where ranks share sequences, who shares with whom is not known
+            data=everyone if engine.dp_world_size == everyone.size else Replica(),
             state=self._state,
             activation_dtype=(
                 engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None

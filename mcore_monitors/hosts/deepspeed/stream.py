@@ -11,7 +11,7 @@ from torch import nn
 from ... import parallel
 from ...parallel import GroupReduce
 from ...runtime import Runtime
-from ...views import Replica, ResidualStream
+from ...views import ResidualStream
 from ..huggingface.blocks import tapped
 from ..observed_layer import LayerTap
 from .describe import ModuleDescription
@@ -35,7 +35,7 @@ def take_stream(found: ModuleDescription, engine: Any) -> None:
         width=found.width,
         sequences=engine.train_batch_size(),
         micro_batch=engine.train_micro_batch_size_per_gpu(),
-        replica=Replica(rank=parallel.rank(), size=world),
+        replica=view.data,
         layers=tuple(sorted(found.layers)),
         onto=GroupReduce(dist.group.WORLD if parallel.in_use() else None),
     )

@@ -88,6 +88,7 @@ class MegatronModel:
             device=next(chunks[0].parameters()).device,
             activation_dtype=config.params_dtype,
             sequence_length=0,
+            data=Replica(rank=self.groups.dp.rank(), size=self.groups.dp.size()),
             head_dim=identities.head_dim(config),
         )
         model = unwrap_model(chunks[0])

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from ...parallel import GroupReduce
-from ...views import ModelView, Replica, ResidualStream
+from ...views import ModelView, ResidualStream
 
 
 def find_layers(chunks: list[torch.nn.Module]) -> dict[int, torch.nn.Module]:
@@ -41,12 +41,12 @@ def take_stream(
         view.left_out.append(f"residual stream: {reason}")
         layers = {}
     pieces, of = _pieces(config, groups)
-    dp, everyone = groups.dp, groups.tp_dp_cp
+    everyone = groups.tp_dp_cp
     view.residual = ResidualStream(
         width=config.hidden_size,
         sequences=args.global_batch_size,
         micro_batch=args.micro_batch_size,
-        replica=Replica(rank=dp.rank(), size=dp.size()),
+        replica=view.data,
         layers=tuple(sorted(layers)),
         pieces=pieces,
         pieces_of=of,

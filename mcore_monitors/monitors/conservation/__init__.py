@@ -96,7 +96,9 @@ class ConservationMonitor(Monitor):
         self._alike = AlikeRows(self._take_rows)
         #: layers, each with its first group, to where their evidence stands
         self._rows: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.turns = Turns(Rhythm(interval), state or StepState(), limits or {}, whole=whole)
+        self.turns = Turns(
+            Rhythm(interval), state or StepState(), limits or {}, model.data, whole=whole
+        )
 
     def schema(self) -> dict[str, tuple[int, ...]]:
         return {

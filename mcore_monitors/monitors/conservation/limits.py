@@ -21,11 +21,11 @@ _RESIDUAL = {
     "norm/shift": "norm_shift",
 }
 #: false alarms of all directions of a run together, a sample
-_LEVEL = 1e-5
+LEVEL = 1e-5
 #: a bias counts from this part of the floor on
-_LEAST_BIAS = 0.25
+LEAST_BIAS = 0.25
 #: what rounding may leave of query–key (root mean square), as a part of the limit: 1.25 floors
-_SPREAD = 0.25
+SPREAD = 0.25
 #: where a host does not say how many channels are summed over
 _CHANNELS = 64
 
@@ -45,8 +45,8 @@ def residual_limits(model: ModelView) -> dict[str, float]:
     }
     windows = model.layers * len(WINDOWS)
     return limits | {
-        "attention/key_shift_bias": math.log(windows * len(BIASES) / _LEVEL),
-        "attention/query_key_spread": math.log(windows * model.groups / _LEVEL),
+        "attention/key_shift_bias": math.log(windows * len(BIASES) / LEVEL),
+        "attention/query_key_spread": math.log(windows * model.groups / LEVEL),
     }
 
 
@@ -54,14 +54,14 @@ def smallest_bias(model: ModelView) -> float:
     """Size of a mean key shift from which a bias counts; nothing where no limit is known."""
     if not model.sequence_length:
         return math.inf
-    return _LEAST_BIAS * floor("key_shift", *_sizes(model, "attention/key_shift"))
+    return LEAST_BIAS * floor("key_shift", *_sizes(model, "attention/key_shift"))
 
 
 def largest_spread(model: ModelView) -> float:
     """Root mean square of query–key that rounding may leave; anything where no floor is known."""
     if not model.sequence_length:
         return math.inf
-    return _SPREAD * residual_limits(model)["attention/query_key"]
+    return SPREAD * residual_limits(model)["attention/query_key"]
 
 
 def _sizes(model: ModelView, signal: str) -> tuple[torch.dtype, int, int]:

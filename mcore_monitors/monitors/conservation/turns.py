@@ -6,8 +6,12 @@ it is dubious: a residual of it, or evidence, over half its limit. So a fault is
 sample at the latest; two readings in a row over a limit, which make an alarm, are there one sample
 later.
 
-Who is looked at follows from the number of the sample and from readings that all ranks have alike:
-tensor- and context-parallel ranks look at the same, and nobody has to be told.
+Data replicas run the same kernels, so one of two looks: they are even and odd ones, each at its
+share of what is due, the other share when it is due again. What is dubious all of them look at.
+
+Who is looked at follows from the number of the sample, the place of the replica and from readings
+that all ranks have alike: tensor- and context-parallel ranks look at the same, and nobody has to be
+told.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ from collections.abc import Mapping
 from math import isfinite
 
 from ...catalogue.conservation import NORMS
+from ...views import Replica
 from ..base import Readings, Rhythm, StepState
 
 #: a place is looked at in one sample of so many
 _STRIDE, _OF_ATTENTION = 3, 2
+#: data replicas share what is due out over so many
+_SHARES = 2
 #: share of a limit from which on a place is dubious
 _DUBIOUS = 0.5
 
@@ -46,13 +53,22 @@ class Turns:
     Args:
         rhythm, state: tell the sample in progress.
         limits: signal to limit, the same on every rank.
+        data: this rank among the data replicas.
         whole: everything of every place is due at every sample.
     """
 
     def __init__(
-        self, rhythm: Rhythm, state: StepState, limits: Mapping[str, float], *, whole: bool
+        self,
+        rhythm: Rhythm,
+        state: StepState,
+        limits: Mapping[str, float],
+        data: Replica,
+        *,
+        whole: bool,
     ) -> None:
         self._rhythm, self._state, self._whole = rhythm, state, whole
+        shares = min(data.size, _SHARES)
+        self._share = Replica(rank=data.rank % shares, size=shares)
         self._dubious_from = {signal: _DUBIOUS * limit for signal, limit in limits.items()}
         self._dubious: set[_Place] = set()
 
@@ -61,16 +77,20 @@ class Turns:
         return self._rhythm.turn(self._state.iteration)
 
     def is_due(self, kind: str, place: int) -> bool:
-        """Whether a place is looked at in the sample in progress."""
-        stride = stride_of(kind)
-        in_turn = self._whole or place % stride == self._turn % stride
-        return in_turn or (kind, place) in self._dubious
+        """Whether this rank looks at a place in the sample in progress."""
+        if self._whole or (kind, place) in self._dubious:
+            return True
+        stride, turn = stride_of(kind), self._turn
+        # of what is due each share has its part: ranks wait for the one with most to do
+        in_turn = place % stride == turn % stride
+        return in_turn and self._share.owns(place // stride + turn // stride)
 
     def some(self, kind: str, one_in: int) -> slice:
-        """Every so-and-so-many-th, others at the next turn; the same ones on all ranks."""
+        """Every so-and-so-many-th, others at the next turn; of a sequence the same on all ranks."""
         if self._whole or one_in == 1:
             return slice(None)
-        return slice(self._turn // stride_of(kind) % one_in, None, one_in)
+        look = self._turn // (stride_of(kind) * self._share.size)
+        return slice(look % one_in, None, one_in)
 
     def heed(self, readings: Readings) -> None:
         """Take note of a sample's readings, which are the same on all ranks."""

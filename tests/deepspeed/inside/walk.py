@@ -118,6 +118,7 @@ def weights(engine: Any) -> dict[str, Any]:
         device=engine.device,
         zero_stage=engine.zero_optimization_stage(),
         replica=Replica(),
+        data=Replica(),
         state=StepState(),
     )
     view = min(described.view.attention, key=lambda v: v.layer)
