@@ -46,14 +46,14 @@ class Switch:
     """Turns monitors on and off between blocks and times every step."""
 
     def __init__(self) -> None:
+        from mcore_monitors.crew import Crew
         from mcore_monitors.hosts.megatron import callsites, setup
-        from mcore_monitors.runtime import Runtime
 
         self.callsites, self.inside = callsites, Inside()
         self.on_step, self.on_setup = callsites.on_step, callsites.on_setup
         callsites.on_step, callsites.on_setup = self.step, self.set_up
         self.seconds: list[tuple[float, float]] = []
-        wire, guarded = setup.wire, Runtime.guarded
+        wire, guarded = setup.wire, Crew.guarded
 
         def wiring(runtime: Any, view: Any, *taps: Any, **more: Any) -> None:
             wire(runtime, view, *taps, **more)
@@ -63,12 +63,12 @@ class Switch:
             ears += [tap.sampled for tap in found if hasattr(tap, "sampled")]
             self.ears = [(listeners, list(listeners)) for listeners in ears]
 
-        def with_name(runtime: Any, monitor: Any, call: Any, **how: Any) -> Any:
-            hook = self.inside.around(monitor.name, guarded(runtime, monitor, call, **how))
+        def with_name(crew: Any, monitor: Any, call: Any, **how: Any) -> Any:
+            hook = self.inside.around(monitor.name, guarded(crew, monitor, call, **how))
             hook.monitor = monitor.name
             return hook
 
-        setup.wire, Runtime.guarded = wiring, with_name
+        setup.wire, Crew.guarded = wiring, with_name
 
     def set_up(self, *what: Any) -> None:
         """Let the host make its monitors, then take them in hand."""
@@ -76,7 +76,7 @@ class Switch:
         self.on_setup(*what)
         self.runtime = self.callsites._run.runtime
         self.interval = self.runtime.config.interval
-        self.monitors = list(self.runtime.monitors)
+        self.monitors = list(self.runtime.crew.monitors)
         update = next(m for m in self.monitors if m.name == "attention_update")
         #: alone it must find the snapshots of a course of its own
         self.alone = self.course(update)
@@ -119,11 +119,10 @@ class Switch:
         self.mode = names[block % len(names)]
         on = MODES[self.mode]
         alone = self.mode == "attention_update"
-        self.runtime.monitors = (
+        # each mode reduces its own fields, as a run with these settings does
+        self.runtime.crew.keep(
             [self.alone] if alone else [m for m in self.monitors if m.name in on]
         )
-        # each mode reduces its own fields, as a run with these settings does
-        self.runtime._lay_out()
         for now, listeners in self.ears:
             now[:] = [one for one in listeners if one.func.monitor in on]
         if self.mode == "off" and block:

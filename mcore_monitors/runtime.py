@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from . import parallel
 from .catalogue import SIGNALS, base_name
 from .config import Config
+from .crew import Crew, Failed
 from .detection.judge import Judge
 from .errors import EXIT_CHECKED, EXIT_GAVE_UP, EXIT_ROLLBACK, MonitorsError
 from .messages import say
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from .hosts.kss import Shaping
 
 _GO_ON = 0
-#: field of the packed buffer
-_ERRORS = "errors"
 #: samples after which a check ends without a finite residual
 _CHECK_SAMPLES = 50
 
@@ -64,13 +63,12 @@ class Runtime:
         reports_loss: bool,
         state: StepState | None = None,
     ) -> None:
-        self.config, self.monitors, self.sinks = config, list(monitors), sinks
+        self.config, self.sinks = config, sinks
         self.judge, self.recovery, self.attempt = judge, recovery, attempt
         self.exit_code: int | None = None
         self._closed = False
         self._check_samples = 0
         self._device = device
-        self._errors: dict[str, str] = {}
         self._steps = StepLog(
             config.interval, loss=reports_loss, grad_norm=parallel.rank() == 0
         )
@@ -78,47 +76,11 @@ class Runtime:
         #: the loss term of the layers' spectra, where the host has put one on
         self.shaping: Shaping | None = None
         self._arm(1)
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        schema = self._steps.schema()
-        #: monitor to its fields: as it calls them, and in the packed buffer
-        self._fields: dict[str, dict[str, str]] = {}
-        #: row of each monitor: on how many ranks it failed
-        schema[_ERRORS] = (len(self.monitors),)
-        for monitor in self.monitors:
-            own = self._fields[monitor.name] = {}
-            for name, shape in monitor.schema().items():
-                own[name] = f"{monitor.name}/{name}"
-                schema[own[name]] = shape
-        self._packed = parallel.Packed(schema, self._device)
+        self.crew = Crew(monitors, device, self.state, self._steps.schema())
 
     def _arm(self, iteration: int) -> None:
         self.state.iteration = iteration
         self.state.armed = iteration % self.config.interval == 0
-
-    # ---- taps ----
-
-    def guarded(
-        self, monitor: Monitor, call: Callable[..., None], *, every_step: bool = False
-    ) -> Callable[..., None]:
-        """Wrap a monitor's hook: an error in it is kept for the next sample, never raised.
-
-        The hook does nothing after its first error and, unless ``every_step``, on steps that are
-        not sampled.
-        """
-
-        state, errors, name = self.state, self._errors, monitor.name
-
-        def hook(*args: Any, **kwargs: Any) -> None:
-            if not (every_step or state.armed) or name in errors:
-                return
-            try:
-                call(*args, **kwargs)
-            except Exception as error:  # a monitor never breaks a run
-                errors[name] = f"{type(error).__name__}: {error}"
-
-        return hook
 
     # ---- what the host tells ----
 
@@ -133,8 +95,7 @@ class Runtime:
         The judge goes through the history that led there, as if the run had never stopped.
         """
         self._steps.clear()
-        for monitor in self.monitors:
-            monitor.restart()
+        self.crew.restart()
         self._arm(iteration + 1)
         if self.judge is not None:
             self.judge.replay(effective_history(self.config.run_dir, upto=iteration))
@@ -187,16 +148,10 @@ class Runtime:
 
     def _sample(self, iteration: int, learning_rate: float | None, consumed: int) -> None:
         start = time.perf_counter()
-        fields = self._packed.fields
-        self._steps.write(fields)
-        stuck = self._would_wait_for_a_failed_rank()
-        with torch.no_grad():
-            for place, monitor in enumerate(self.monitors):
-                self._collect(monitor, iteration, fields, skip=monitor.name in stuck)
-                if monitor.name in self._errors:
-                    fields[_ERRORS][place] += 1
-        reduced = self._packed.reduce()
-        self._disable_failed(reduced, iteration)
+        self._steps.write(self.crew.fields)
+        self.crew.collect(iteration)
+        reduced = self.crew.reduce()
+        self._tell_of(self.crew.drop_failed(reduced), iteration)
         sample = self._read(reduced, iteration, learning_rate, consumed, start)
         decision = _GO_ON
         if self.judge is not None:
@@ -220,47 +175,19 @@ class Runtime:
             for value in values
         )
 
-    def _would_wait_for_a_failed_rank(self) -> set[str]:
-        """Monitors whose ``collect`` waits for other ranks, one of which has failed already.
-
-        That rank will not take part, so nobody may wait; the sample turns them off everywhere.
-        """
-        return {
-            m.name
-            for m in self.monitors
-            if m.collective and parallel.any_rank(m.name in self._errors, self._device)
-        }
-
-    def _collect(
-        self, monitor: Monitor, iteration: int, fields: dict[str, torch.Tensor], *, skip: bool
-    ) -> None:
-        mine = {name: fields[full] for name, full in self._fields[monitor.name].items()}
-        try:
-            if monitor.name not in self._errors and not skip:
-                monitor.collect(iteration, mine)
-        except Exception as error:  # a monitor never breaks a run
-            self._errors[monitor.name] = f"{type(error).__name__}: {error}"
-
-    def _disable_failed(self, reduced: dict[str, torch.Tensor], iteration: int) -> None:
-        """Drop a monitor on all ranks together when it failed on any of them."""
-        ranks = dict(zip(self.monitors, reduced[_ERRORS].tolist(), strict=True))
-        failed = [monitor for monitor, count in ranks.items() if count > 0]
-        if not failed:
-            return
-        for monitor in failed:
-            error = self._errors.get(monitor.name, "see the other ranks' output")
-            text = (
-                f"monitor {monitor.name!r} failed on {int(ranks[monitor])} rank(s) at iteration "
-                f"{iteration} and is off on all ranks from now on; training goes on. {error}"
-            )
-            if monitor.name in self._errors or parallel.rank() == 0:
-                say(text)
-            self.event("monitor_disabled", iteration, monitor=monitor.name, error=error)
-        self.monitors = [m for m in self.monitors if m not in failed]
-        if self.config.strict:
-            names = ", ".join(m.name for m in failed)
+    def _tell_of(self, failed: Sequence[Failed], iteration: int) -> None:
+        """Say loudly which monitors are off from now on, on all ranks."""
+        for monitor, ranks, here in failed:
+            error = here or "see the other ranks' output"
+            if here or parallel.rank() == 0:
+                say(
+                    f"monitor {monitor!r} failed on {ranks} rank(s) at iteration {iteration} and "
+                    f"is off on all ranks from now on; training goes on. {error}"
+                )
+            self.event("monitor_disabled", iteration, monitor=monitor, error=error)
+        if failed and self.config.strict:
+            names = ", ".join(one.monitor for one in failed)
             raise MonitorsError(f"strict: true, and these monitors failed: {names}.")
-        self._lay_out()
 
     def _read(
         self,
@@ -270,13 +197,6 @@ class Runtime:
         consumed: int,
         start: float,
     ) -> Sample:
-        signals = {}
-        for monitor in self.monitors:
-            mine = {name: reduced[full] for name, full in self._fields[monitor.name].items()}
-            try:
-                signals |= monitor.read(mine)
-            except Exception as error:  # a monitor never breaks a run; off at the next sample
-                self._errors[monitor.name] = f"{type(error).__name__}: {error}"
         return Sample(
             iteration=iteration,
             attempt=self.attempt,
@@ -286,7 +206,7 @@ class Runtime:
             loss=self._steps.read("loss", reduced),
             grad_norm=self._steps.read("grad_norm", reduced),
             learning_rate=learning_rate,
-            signals=signals,
+            signals=self.crew.read(reduced),
             cost_seconds=time.perf_counter() - start,
         )
 

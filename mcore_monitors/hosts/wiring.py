@@ -17,7 +17,7 @@ def tapped(
     modules: Mapping[Any, torch.nn.Module], observe: Callable[..., None], runtime: Runtime
 ) -> dict[Any, Tap]:
     """Give each norm or output layer a tap of its own, where the monitor that listens is on."""
-    if all(monitor.name != "conservation" for monitor in runtime.monitors):
+    if all(monitor.name != "conservation" for monitor in runtime.crew.monitors):
         return {}
     taps = {place: Tap(runtime.state) for place in modules}
     for place, module in modules.items():
@@ -40,27 +40,28 @@ def wire(
         model: what the monitors were made of.
         attentions, routers, outputs, layers: taps of this rank by layer number; ``layers`` are
             those of whole layers, told of the residual stream before and after.
-        norms: taps of this rank by layer number and place in :data:`mcore_monitors.catalogue.conservation.NORMS`.
+        norms: taps of this rank by layer number and place in
+            :data:`mcore_monitors.catalogue.conservation.NORMS`.
     """
-    by_name = {m.name: m for m in runtime.monitors}
+    by_name = {m.name: m for m in runtime.crew.monitors}
     router, conservation = by_name.get("router"), by_name.get("conservation")
     for layer, tap in routers.items():
         if router is not None:
-            hook = runtime.guarded(router, router.on_logits, every_step=router.every_step)
+            hook = runtime.crew.guarded(router, router.on_logits, every_step=router.every_step)
             tap.listeners.append(partial(hook, layer))
     activity = by_name.get("attention_activity")
     if activity is not None:
-        hook = runtime.guarded(activity, activity.on_attention)
+        hook = runtime.crew.guarded(activity, activity.on_attention)
         for layer in attentions.keys() & model.activity.keys():
             attentions[layer].listeners.append(partial(hook, layer))
     koopman = by_name.get("koopman")
     if koopman is not None:
-        hook = runtime.guarded(koopman, koopman.on_layer)
+        hook = runtime.crew.guarded(koopman, koopman.on_layer)
         for layer, tap in (layers or {}).items():
             tap.listeners.append(partial(hook, layer))
     if conservation is None:
         return
-    conservation.guard = partial(runtime.guarded, conservation)
+    conservation.guard = partial(runtime.crew.guarded, conservation)
     on_attention = conservation.guard(conservation.on_attention)
     for layer, tap in attentions.items():
         if any(layer in model.conserved[name].places for name in ATTENTION_RESIDUALS):

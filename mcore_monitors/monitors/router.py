@@ -29,7 +29,7 @@ class RouterMonitor(Monitor):
 
     Args:
         every_step: whether the tokens of all steps count, or those of sampled steps only; who
-            wires :meth:`on_logits` gives this to ``Runtime.guarded``.
+            wires :meth:`on_logits` gives this to ``Crew.guarded``.
         collective: whether reading a weight gathers it on some rank; the same on all.
         interval: iterations between samples.
         every: all is told at one sample out of this many, the first one included; at the others

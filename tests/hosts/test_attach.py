@@ -80,7 +80,7 @@ def _two_stages(rank: int, folder: Path) -> tuple[list[str], str]:
         for iteration in range(1, 6):
             step(run, iteration)
         run.close()
-    return [m.name for m in run.monitors], texts[0]
+    return [m.name for m in run.crew.monitors], texts[0]
 
 
 def test_a_stage_without_a_router_still_takes_part(tmp_path: Path) -> None:

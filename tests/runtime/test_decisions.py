@@ -53,7 +53,7 @@ class Host:
             judge=judge(config.detection, limits=LIMITS),
             recovery=Recovery.open(folder, config.recovery),
         )
-        self._hook = self.run.guarded(monitor, monitor.take)
+        self._hook = self.run.crew.guarded(monitor, monitor.take)
 
     def train(self, first: int, last: int, faulty_from: int = 10**9) -> None:
         """Steps ``first`` to ``last``, or until the runtime asks to leave."""

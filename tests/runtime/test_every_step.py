@@ -83,14 +83,14 @@ def test_an_error_between_samples_turns_the_monitor_off(tmp_path: Path) -> None:
     tap.tell(torch.zeros(()), None)  # no experts at all
     for iteration in range(1, 6):
         step(run, iteration)
-    assert run.monitors == []
+    assert run.crew.monitors == []
     tap.tell(logits(6), None)  # nothing is looked at any more
 
 
 def test_keywords_reach_the_hook(tmp_path: Path) -> None:
     run = runtime(settings(tmp_path), [Mean("a"), RouterMonitor(TinyModel().view())])
-    seen = []
-    hook = run.guarded(run.monitors[0], lambda *a, **k: seen.append((a, k)), every_step=True)
+    crew, seen = run.crew, []
+    hook = crew.guarded(crew.monitors[0], lambda *a, **k: seen.append((a, k)), every_step=True)
     hook(1, routing_map=2)
-    run.guarded(run.monitors[0], seen.append)(3)  # not a sampled step
+    crew.guarded(crew.monitors[0], seen.append)(3)  # not a sampled step
     assert seen == [((1,), {"routing_map": 2})]

@@ -27,7 +27,7 @@ def _one_hook_fails(rank: int, folder: Path, strict: bool) -> dict[str, Any]:
     """Monitor ``a`` has a hook that raises on rank 1 in iteration 5; ``b`` is sound."""
     monitors = [Mean("a"), Mean("b")]
     run = runtime(settings(folder, strict=strict), monitors)
-    hooks = [run.guarded(m, m.take) for m in monitors]
+    hooks = [run.crew.guarded(m, m.take) for m in monitors]
     raised = None
     with said() as texts:
         try:
@@ -70,7 +70,7 @@ def test_strict_raises_on_all_ranks_together(tmp_path: Path) -> None:
 def _part_fails(rank: int, folder: Path, part: str) -> str:
     monitors = [Mean("a", fails_in=part if rank == 0 or part == "read" else ""), Mean("b")]
     run = runtime(settings(folder), monitors)
-    hooks = [run.guarded(m, m.take) for m in monitors]
+    hooks = [run.crew.guarded(m, m.take) for m in monitors]
     with said() as texts:
         for iteration in STEPS:
             for hook in hooks:
@@ -99,7 +99,7 @@ def _half_a_sequence_each(rank: int, folder: Path) -> str:
     model = TinyModel()
     monitors = [ConservationMonitor(model.view(), GroupSum(dist.group.WORLD)), Mean("b")]
     run = runtime(settings(folder), monitors)
-    broken = run.guarded(monitors[0], monitors[0].on_attention)
+    broken = run.crew.guarded(monitors[0], monitors[0].on_attention)
     half = slice(4 * rank, 4 * rank + 4)
     with said() as texts:
         for iteration in STEPS:
@@ -123,12 +123,12 @@ def test_nobody_waits_for_a_rank_that_failed(tmp_path: Path) -> None:
 
 def test_several_monitors_fail_at_once(tmp_path: Path) -> None:
     run = runtime(settings(tmp_path), [Mean("a", fails_in="collect"), Mean("b"), Mean("c")])
-    broken = run.guarded(run.monitors[2], run.monitors[2].take)
+    broken = run.crew.guarded(run.crew.monitors[2], run.crew.monitors[2].take)
     with said() as texts:
         for iteration in STEPS:
             broken(-1.0)
             step(run, iteration)
-    assert [m.name for m in run.monitors] == ["b"]
+    assert [m.name for m in run.crew.monitors] == ["b"]
     assert texts[0].count("mcore-monitors:") == 2
     assert [e["monitor"] for e in events(tmp_path, "monitor_disabled")] == ["a", "c"]
     assert len(history(tmp_path)) == 3

@@ -75,7 +75,7 @@ def test_the_host_passes_over_iterations(
 def test_hooks_count_on_sampled_steps_only(tmp_path: Path) -> None:
     monitor = Mean("a")
     run = runtime(settings(tmp_path), [monitor])
-    hook = run.guarded(monitor, monitor.take)
+    hook = run.crew.guarded(monitor, monitor.take)
     for iteration in range(1, 11):
         assert run.state.iteration == iteration
         assert run.state.armed == (iteration in (5, 10))
@@ -89,7 +89,7 @@ def test_hooks_count_on_sampled_steps_only(tmp_path: Path) -> None:
 def test_the_first_step_can_be_sampled(tmp_path: Path) -> None:
     monitor = Mean("a")
     run = runtime(settings(tmp_path, interval=1), [monitor])
-    run.guarded(monitor, monitor.take)(3.0)
+    run.crew.guarded(monitor, monitor.take)(3.0)
     step(run, 1)
     assert [s.signals for s in history(tmp_path)] == [{"test/a": {1: [3.0]}}]
 
@@ -106,7 +106,7 @@ def _two_ranks(rank: int, folder: Path) -> list[float]:
     """Rank 1 knows the loss, as a last pipeline stage does; each has a monitor with a share."""
     monitor = Mean("a")
     run = runtime(settings(folder), [monitor], reports_loss=rank == 1)
-    hook = run.guarded(monitor, monitor.take)
+    hook = run.crew.guarded(monitor, monitor.take)
     for iteration in range(1, 11):
         hook(float(iteration + 2 * rank))
         step(run, iteration, loss=float(100 * rank + iteration), grad_norm=1.0 + rank)

@@ -43,7 +43,7 @@ def train(folder: Path, upto: int, broken: bool = False) -> list[list[int]]:
     run = attach(config, view, GroupSum(None), progress, host="test", versions={})
     taps = {layer: AttentionTap(run.state) for layer in (1, 2)}
     wire(run, view, taps, {})
-    (conservation,) = (m for m in run.monitors if m.name == "conservation")
+    (conservation,) = (m for m in run.crew.monitors if m.name == "conservation")
     due = []
     for iteration in range(done + 1, upto + 1):
         due.append([layer for layer in taps if conservation.turns.is_due("attention", layer)])

@@ -89,10 +89,10 @@ class AdamSteps:
 
     def listen(self, runtime: Runtime) -> None:
         """Take notes from here on, where the monitor is on, of what it is about to read."""
-        monitor = next((m for m in runtime.monitors if m.name == "optimizer"), None)
+        monitor = next((m for m in runtime.crew.monitors if m.name == "optimizer"), None)
         if monitor is not None:
             self._reads = monitor.reads
-            self._optimizer.register_step_post_hook(runtime.guarded(monitor, self._note))
+            self._optimizer.register_step_post_hook(runtime.crew.guarded(monitor, self._note))
 
     def _note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The wrapped optimizer has stepped on all or, under ZeRO, some of its main weights."""

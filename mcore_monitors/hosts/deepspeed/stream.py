@@ -43,7 +43,7 @@ def take_stream(found: ModuleDescription, engine: Any) -> None:
 
 def tapped_layers(layers: dict[int, nn.Module], runtime: Runtime) -> dict[int, LayerTap]:
     """Give each layer a tap of its own, where its profile is wanted."""
-    koopman = next((m for m in runtime.monitors if m.name == "koopman"), None)
+    koopman = next((m for m in runtime.crew.monitors if m.name == "koopman"), None)
     if koopman is None:
         return {}
     return tapped(layers, runtime.state, koopman.every)

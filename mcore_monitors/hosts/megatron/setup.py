@@ -134,7 +134,7 @@ def _tap(runtime: Runtime, model: MegatronModel) -> None:
 
 def _tapped_layers(model: MegatronModel, runtime: Runtime) -> dict[int, Tap]:
     """Give each layer a tap of its own, where its profile is wanted."""
-    koopman = next((m for m in runtime.monitors if m.name == "koopman"), None)
+    koopman = next((m for m in runtime.crew.monitors if m.name == "koopman"), None)
     if koopman is None:
         return {}
     taps = {n: LayerTap(runtime.state, koopman.every) for n in model.view.residual.layers}
@@ -160,8 +160,9 @@ def _obey(
         reason = why_not_safe(model.config)
         if reason is not None:
             raise HostError(
-                f"the recovery plan orders the safe attention path, which does not support {reason}."
-                " Set recovery.remedies for this cause to another remedy, or repair the kernel."
+                "the recovery plan orders the safe attention path, which does not support "
+                f"{reason}. Set recovery.remedies for this cause to another remedy, or repair the "
+                "kernel."
             )
         for module in model.attentions.values():
             module.mcore_monitors_tap.safe = safe_kernel

@@ -25,7 +25,7 @@ def sums_of(engine: Any) -> list[list[list[float]]]:
     """A list that fills with what the optimizer monitor reads: [sample][layer][sum]."""
     seen: list[list[list[float]]] = []
     monitor = next(
-        (m for m in monitors_of(engine).runtime.monitors if m.name == "optimizer"), None
+        (m for m in monitors_of(engine).runtime.crew.monitors if m.name == "optimizer"), None
     )
     if monitor is None:
         return seen
