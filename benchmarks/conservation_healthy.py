@@ -65,6 +65,11 @@ LAYOUTS: dict[str, tuple[int, str, bool]] = {
         False,
     ),
     "PP 2": (2, "--pipeline-model-parallel-size 2", False),
+    "DP 2 with experts on both": (
+        2,
+        f"{EXPERTS} --expert-model-parallel-size 2 --micro-batch-size 2",
+        True,
+    ),
 }
 FORMATS = {"fp32": "", "bf16": "--bf16"}
 HUGGING_FACE = "Hugging Face under DeepSpeed"

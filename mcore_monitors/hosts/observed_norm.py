@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..views import NormCall
+from ..calls import NormCall
 from .taps import Tap
 
 

@@ -107,7 +107,7 @@ class AttentionTap(Tap):
     """What an observed core attention tells, and which kernel it runs.
 
     Attributes:
-        listeners: each is called with an :class:`mcore_monitors.views.AttentionCall`.
+        listeners: each is called with an :class:`mcore_monitors.calls.AttentionCall`.
         safe: the remedy: run this kernel instead of the host's, or None.
         faulty: a drill: run this kernel instead of the host's from ``faulty_from`` on, or None.
     """

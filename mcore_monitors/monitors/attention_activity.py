@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ..calls import AttentionCall
 from ..signals.attention import attention_activity, causal_bias
-from ..views import AttentionCall, ModelView
+from ..views import ModelView
 from .base import Monitor, Readings, Rhythm, StepState, mean_by_layer
 
 _FIELDS = ("max_logit", "entropy", "sequences")

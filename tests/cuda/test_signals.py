@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from mcore_monitors.calls import AttentionCall
 from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS
 from mcore_monitors.faults.attention import attention_row_term
 from mcore_monitors.monitors.attention_update import AttentionUpdateMonitor
@@ -28,7 +29,7 @@ from mcore_monitors.signals.spectra import effective_rank
 from mcore_monitors.signals.update_grams import update_grams
 from mcore_monitors.signals.update_spectra import update_spectra
 from mcore_monitors.signals.update_spectra_qr import update_spectra_qr
-from mcore_monitors.views import AttentionCall, AttentionView, ModelView, Replica, RouterView
+from mcore_monitors.views import AttentionView, ModelView, Replica, RouterView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 

@@ -230,7 +230,8 @@ def test_nothing_waits_for_the_card() -> None:
             activation_dtype=torch.bfloat16, optimizer=steps.views(),
         )  # fmt: skip
         monitor = OptimizerMonitor(model, interval=10, every=2)
-        steps.listen(SimpleNamespace(monitors=[monitor], guarded=lambda monitor, call: call))
+        crew = SimpleNamespace(monitors=[monitor], guarded=lambda monitor, call: call)
+        steps.listen(SimpleNamespace(crew=crew))
         packed = Packed(monitor.schema(), card)
         for state.iteration, held in ((10, True), (20, False), (30, True)):
             main.grad = torch.empty_like(main)

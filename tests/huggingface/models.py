@@ -8,9 +8,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mcore_monitors.calls import AttentionCall
 from mcore_monitors.hosts.deepspeed.describe import ModuleDescription, describe
 from mcore_monitors.monitors.base import StepState
-from mcore_monitors.views import AttentionCall, Replica
+from mcore_monitors.views import Replica
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

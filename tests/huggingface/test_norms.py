@@ -36,9 +36,9 @@ def sizes(built: nn.Module) -> dict[str, dict[int, list[float]]]:
     found = described(built, state)
     found.view.sequence_length = 16
     monitor = ConservationMonitor(found.view, GroupSum(None), whole=True)
-    runtime = SimpleNamespace(
-        monitors=[monitor], state=state, guarded=lambda _, call, **__: call
-    )
+    # hooks unguarded: an error in one is to be seen
+    crew = SimpleNamespace(monitors=[monitor], guarded=lambda _, call, **__: call)
+    runtime = SimpleNamespace(crew=crew, state=state)
     wire(
         runtime,
         found.view,

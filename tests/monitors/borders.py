@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from mcore_monitors.calls import AttentionCall
 from mcore_monitors.faults.attention import attention_row_term
 from mcore_monitors.monitors.conservation import ConservationMonitor
-from mcore_monitors.views import AttentionCall
 
 #: names of what crosses the border of an attention, and of its gradients
 TENSORS = ("q", "k", "v", "o")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mcore_monitors.calls import AttentionCall
 from mcore_monitors.monitors.attention_activity import AttentionActivityMonitor
 from mcore_monitors.monitors.optimizer import NAMES, OptimizerMonitor
 from mcore_monitors.parallel import Packed
 from mcore_monitors.signals.attention import attention_activity
 from mcore_monitors.signals.optimizer import AdamStep, StepSums, step_readings
-from mcore_monitors.views import ActivityView, AdamState, AttentionCall, ModelView, OptimizerView
+from mcore_monitors.views import ActivityView, AdamState, ModelView, OptimizerView
 
 from .models import sample
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mcore_monitors.calls import AttentionCall
 from mcore_monitors.catalogue.conservation import ATTENTION_RESIDUALS, EVIDENCE
 from mcore_monitors.monitors.conservation import ConservationMonitor
 from mcore_monitors.parallel import GroupSum, Packed
-from mcore_monitors.views import AttentionCall
 
 from .. import distributed
 from .borders import attention, cross, cut

@@ -14,17 +14,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mcore_monitors.calls import AttentionCall, NormCall
 from mcore_monitors.monitors.attention_update import AttentionUpdateMonitor
 from mcore_monitors.monitors.base import Monitor
 from mcore_monitors.monitors.conservation import ConservationMonitor
 from mcore_monitors.monitors.router import RouterMonitor
 from mcore_monitors.parallel import GroupSum, Packed
 from mcore_monitors.views import (
-    AttentionCall,
     AttentionView,
     Conserved,
     ModelView,
-    NormCall,
     Replica,
     RouterView,
     RoutingRule,

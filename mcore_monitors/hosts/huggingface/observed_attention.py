@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...calls import AttentionCall
 from ...messages import say
 from ...monitors.base import StepState
-from ...views import AttentionCall
 from ..taps import AttentionTap
 
 _TAP = "mcore_monitors_tap"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...views import AttentionCall
+from ...calls import AttentionCall
 from ..taps import AttentionTap
 from .observed import named
 

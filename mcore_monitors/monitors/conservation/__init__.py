@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ...calls import AttentionCall, NormCall
+from ...catalogue.conservation import ATTENTION_RESIDUALS
 from ...parallel import GroupSum
 from ...signals.conservation import (
     direction_terms,
@@ -27,7 +29,7 @@ from ...signals.conservation import (
     value_output_from_terms,
     vocabulary_shift_terms,
 )
-from ...views import ATTENTION_RESIDUALS, AttentionCall, ModelView, NormCall
+from ...views import ModelView
 from ..base import Monitor, Readings, Rhythm, StepState
 from .border import AttentionBorder, Guard, NormBorder, bare
 from .evidence import Directions, Spread

@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 
+from ...calls import AttentionCall, NormCall, arranged
 from ...signals.conservation import (
     key_shift_all_terms,
     query_key_terms,
     value_output_terms,
 )
-from ...views import AttentionCall, NormCall, arranged
 from .parts import watch_parts
 from .terms import Terms
 

@@ -65,9 +65,9 @@ class Watched:
             observe_output(self.described.outputs[layer], tap)
 
     def wire(self) -> Watched:
-        runtime = SimpleNamespace(
-            monitors=[self.monitor], guarded=lambda _, call, **__: call, state=self.state
-        )
+        # hooks unguarded: an error in one is to be seen
+        crew = SimpleNamespace(monitors=[self.monitor], guarded=lambda _, call, **__: call)
+        runtime = SimpleNamespace(crew=crew, state=self.state)
         wire(runtime, self.view, self.attentions, self.routers, self.norms, self.outputs)
         return self
 
