@@ -6,13 +6,15 @@ Gram matrix are squared singular values, and the entropy is defined on them (arX
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_Numbers = Tensor | np.ndarray
+#: makes 0 ln 0 a zero, and changes no share that counts
+_TINY = 1e-300
 
 
 class Measures(NamedTuple):
@@ -38,19 +40,40 @@ def measures(singular_values_squared: Tensor) -> Measures:
         Measures of shape [...]. Where all values are zero the norm is 0 and the others are NaN;
         where one is not finite nothing is.
     """
-    values, xp = singular_values_squared, torch
-    if values.device.type == "cpu":  # a few numbers: NumPy takes a third of the time
-        values, xp = values.numpy(), np
-    with np.errstate(all="ignore"):
-        total = values.sum(-1)
-        entropy = _entropy(values, total)
-        found = Measures(
-            effective_rank=xp.exp(entropy),
-            spectral_entropy=entropy,
-            frobenius=xp.sqrt(total + (total - total)),  # inf − inf is NaN
-            stable_rank=total / xp.amax(values, -1),
-        )
-    return found if xp is torch else Measures(*map(torch.as_tensor, found))
+    values = singular_values_squared
+    if values.device.type == "cpu" and values.dim() == 2 and values.dtype == torch.float64:
+        rows = _of_rows(values.numpy())
+        if rows is not None:
+            return Measures(*torch.tensor(rows, dtype=values.dtype).unbind(1))
+    total = values.sum(-1)
+    entropy = _entropy(values, total)
+    return Measures(
+        effective_rank=entropy.exp(),
+        spectral_entropy=entropy,
+        frobenius=(total + (total - total)).sqrt(),  # inf − inf is NaN
+        stable_rank=total / values.amax(-1),
+    )
+
+
+def _of_rows(values: np.ndarray) -> list[tuple[float, ...]] | None:
+    """The measures of each row [n, m]; None where one has no positive finite sum.
+
+    A few numbers, with cold caches: every operation that is not made, NumPy's or PyTorch's, saves
+    ten to thirty microseconds.
+    """
+    total = np.add.reduce(values, -1)
+    totals = total.tolist()
+    if not all(0 < t < math.inf for t in totals):
+        return None
+    shares = values / total[:, None]
+    logarithms = np.log(shares + _TINY)
+    logarithms *= shares
+    sums = np.add.reduce(logarithms, -1).tolist()
+    largest = np.maximum.reduce(values, -1).tolist()
+    return [
+        (math.exp(-h), -h, math.sqrt(t), t / m)
+        for h, t, m in zip(sums, totals, largest, strict=True)
+    ]
 
 
 def spectral_entropy(singular_values_squared: Tensor) -> Tensor:
@@ -65,11 +88,8 @@ def spectral_entropy(singular_values_squared: Tensor) -> Tensor:
     return _entropy(singular_values_squared, singular_values_squared.sum(-1))
 
 
-def _entropy(values: _Numbers, total: _Numbers) -> _Numbers:
-    shares = values / total[..., None]
-    if isinstance(shares, Tensor):
-        return torch.special.entr(shares).sum(-1)
-    return -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(-1)
+def _entropy(values: Tensor, total: Tensor) -> Tensor:
+    return torch.special.entr(values / total[..., None]).sum(-1)
 
 
 def effective_rank(singular_values_squared: Tensor) -> Tensor:

@@ -14,7 +14,12 @@ from torch import Tensor
 from .gram_measures import LEAST_ROWS, LEAST_WORK, measures_by_traces
 from .spectra import Measures, measures
 from .update_grams import UpdateGrams, update_grams
-from .update_spectra import delta2_product, gram_eigenvalues, products
+from .update_spectra import (
+    delta2_product,
+    gram_eigenvalues,
+    gram_eigenvalues_ascending,
+    products,
+)
 
 
 class UpdateMeasures(NamedTuple):
@@ -75,4 +80,4 @@ def measures_of_grams(matrices: Tensor) -> Measures:
     large = rows >= LEAST_ROWS and rows * matrices.numel() >= LEAST_WORK
     if large and matrices.device.type == "cpu":
         return measures_by_traces(matrices)
-    return measures(gram_eigenvalues(matrices))
+    return measures(gram_eigenvalues_ascending(matrices))

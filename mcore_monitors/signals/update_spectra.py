@@ -220,7 +220,12 @@ def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_eigenvalues(gram: Tensor) -> Tensor:
-    """Eigenvalues, descending, not below zero; NaN for a matrix that is not finite.
+    """As :func:`gram_eigenvalues_ascending`, in descending order."""
+    return gram_eigenvalues_ascending(gram).flip(-1)
+
+
+def gram_eigenvalues_ascending(gram: Tensor) -> Tensor:
+    """Eigenvalues, ascending, not below zero; NaN for a matrix that is not finite.
 
     Reads the lower triangle [n, m, m] and may overwrite it. LAPACK refuses the whole batch when one
     matrix is not finite: it gets zeros for those. No element of a Gram matrix is larger
@@ -229,8 +234,8 @@ def gram_eigenvalues(gram: Tensor) -> Tensor:
     diagonal = gram.diagonal(dim1=1, dim2=2)
     # On a CPU asking costs little, and a pass over all matrices is a fortieth of the time.
     if gram.device.type == "cpu" and math.isfinite(diagonal.sum().item()):
-        return symmetric_eigenvalues(gram).clamp_(min=0).flip(-1)
+        return symmetric_eigenvalues(gram).clamp_(min=0)
     broken = ~diagonal.sum(1).isfinite()[:, None]
     gram.masked_fill_(broken[:, :, None], 0.0)
-    values = symmetric_eigenvalues(gram).clamp_(min=0).flip(-1)
+    values = symmetric_eigenvalues(gram).clamp_(min=0)
     return values.masked_fill_(broken, torch.nan)
