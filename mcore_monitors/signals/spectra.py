@@ -71,8 +71,8 @@ def _of_rows(values: np.ndarray) -> list[tuple[float, ...]] | None:
     sums = np.add.reduce(logarithms, -1).tolist()
     largest = np.maximum.reduce(values, -1).tolist()
     return [
-        (math.exp(-h), -h, math.sqrt(t), t / m)
-        for h, t, m in zip(sums, totals, largest, strict=True)
+        (math.exp(-p_ln_p), -p_ln_p, math.sqrt(t), t / most)
+        for p_ln_p, t, most in zip(sums, totals, largest, strict=True)
     ]
 
 

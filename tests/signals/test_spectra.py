@@ -38,3 +38,22 @@ def test_a_matrix_of_zeros_has_a_norm_and_no_directions():
 def test_a_spectrum_that_is_not_finite_has_no_measures(bad):
     for value in measures(torch.tensor([[bad, 1.0], [bad, bad]])):
         assert value.isnan().all()
+
+
+def test_rows_are_measured_as_any_other_shape_is():
+    """Plain float64 rows on a CPU have a way of their own: zeros, and shares of many sizes."""
+    squared = torch.rand(20, 64, generator=torch.Generator().manual_seed(0)).double() ** 200
+    squared[3, 10:] = 0.0
+    squared[5] *= 1e-200
+    assert squared[0].sum() > 1e15 * squared[0].min()
+    for rows, any_shape in zip(measures(squared), measures(squared[None]), strict=True):
+        torch.testing.assert_close(rows, any_shape[0], rtol=1e-13, atol=1e-15)
+
+
+def test_one_broken_row_changes_no_other():
+    squared = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).double()
+    right = measures(squared)
+    squared[1], squared[2, 3] = 0.0, torch.nan
+    for got, wanted in zip(measures(squared), right, strict=True):
+        torch.testing.assert_close(got[[0, 3]], wanted[[0, 3]])
+        assert got[2].isnan()
