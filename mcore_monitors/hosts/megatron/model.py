@@ -71,12 +71,8 @@ class MegatronModel:
         """Whether this rank is the one that records the loss: last stage, first of the others."""
         g = self.groups
         return (
-            g.pp.rank() == g.pp.size() - 1 and g.tp.rank() == 0 and self._dp_cp().rank == 0
+            g.pp.rank() == g.pp.size() - 1 and g.tp.rank() == 0 and g.dp_cp.rank() == 0
         )
-
-    def _dp_cp(self) -> Replica:
-        group = self.groups.dp_cp
-        return Replica(rank=group.rank(), size=group.size())
 
     def _describe(self, chunks: list[torch.nn.Module]) -> ModelView:
         config = self.config
@@ -88,12 +84,12 @@ class MegatronModel:
             device=next(chunks[0].parameters()).device,
             activation_dtype=config.params_dtype,
             sequence_length=0,
-            data=Replica(rank=self.groups.dp.rank(), size=self.groups.dp.size()),
+            data=_place_in(self.groups.dp),
             head_dim=identities.head_dim(config),
         )
         model = unwrap_model(chunks[0])
         identities.add_identities(view, config, getattr(model, "vocab_size", 0))
-        replicas = self._dp_cp()
+        replicas = _place_in(self.groups.dp_cp)
         tp = self.groups.tp
         # a router's weight is the same on all tensor-parallel ranks too
         router_replicas = Replica(
@@ -149,3 +145,8 @@ class MegatronModel:
             self.routers[router.layer_number] = router
             identities.take_router(view, router)
         view.routers.append(router_view(router, router.layer_number, replicas, self._main))
+
+
+def _place_in(group: Any) -> Replica:
+    """This rank's place among those of one of Megatron's process groups."""
+    return Replica(rank=group.rank(), size=group.size())
